@@ -1,0 +1,38 @@
+# Each target creates .venv on first use. PYTHON may name another interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format docs clean
+
+demo: $(READY)  ## the whole road on the embedded default; ends by naming demo/report.html
+	$(BIN)/tinyllava-edge demo
+
+test: $(READY)  ## every test; no network, no weights from a hub
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format, types, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/cli_reference.py --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/python docs/cli_reference.py
+
+# torch first: with it in place no other package can pull another build of it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "installing the rest; llama.cpp compiles once, which takes 5 to 10 minutes on 2 cores"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache

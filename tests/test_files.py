@@ -1,0 +1,87 @@
+"""Files are whole or absent, also after a kill and on a full disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tinyllava_edge.errors import BundleError, StorageError
+from tinyllava_edge.files import new_directory, new_file, safe_join, sha256_tree, storage_errors
+
+
+def test_new_directory_appears_at_the_end_or_never(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with new_directory(target) as temporary:
+        (temporary / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with pytest.raises(StorageError, match="exists already"), new_directory(target):
+        pass
+    with pytest.raises(ValueError, match="boom"), new_directory(target, force=True) as temporary:
+        (temporary / "a").write_text("2")
+        raise ValueError("boom")
+    assert (target / "a").read_text() == "1"
+    with new_directory(target, force=True) as temporary:
+        (temporary / "a").write_text("3")
+    assert (target / "a").read_text() == "3"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_writer_leaves_no_final_name_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    code = (
+        "import sys,time,pathlib\nfrom tinyllava_edge.files import new_directory\n"
+        "with new_directory(pathlib.Path(sys.argv[1])) as t:\n"
+        " (t/'half').write_text('x')\n print('ready', flush=True)\n time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=10)
+    left = [p.name for p in tmp_path.iterdir()]
+    assert left == [f".out.tmp-{process.pid}"]
+    time.sleep(0.1)
+    with new_directory(tmp_path / "out") as temporary:
+        (temporary / "whole").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_new_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
+    target = tmp_path / "f"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), new_file(target) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError
+    assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_disk_errors_are_explained(tmp_path: Path) -> None:
+    import errno
+
+    with pytest.raises(StorageError, match="no space left") as error, storage_errors(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "free some space" in error.value.hint
+
+
+@pytest.mark.parametrize("entry", ["/etc/passwd", "../x", "a/../../x", "", "a\\..\\b", "link/x"])
+def test_manifest_paths_stay_inside(entry: str, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    with pytest.raises(BundleError):
+        safe_join(root, entry)
+    assert safe_join(root, "a/b.onnx") == root / "a" / "b.onnx"
+
+
+def test_tree_hash_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = sha256_tree(tmp_path)
+    (tmp_path / "a").write_text("2")
+    second = sha256_tree(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, sha256_tree(tmp_path)}) == 3

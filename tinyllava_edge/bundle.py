@@ -1,0 +1,257 @@
+"""The directory that goes to the device: `bundle.json`, ONNX, GGUF; self-contained, every file hashed.
+
+    bundle.json         schema below; written last
+    preprocess.onnx     uint8 RGB (1, H, W, 3) → pixel_values float32 (1, 3, S, S)
+    vision-fp32.onnx    pixel_values (B, 3, S, S) → image_embeds (B, T, D), image_features (B, T, V)
+    vision-int8.onnx    the same graph, quantised
+    llm-f16.gguf        token embedding + decoder + tokenizer; one file per LLM type
+    verified.json       written by `verify` for this very bundle.json; names the builds that passed
+
+A build is a vision precision × an LLM type, named `{vision}+{llm}`, e.g. `int8+q4_k_m`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, CheckpointError, UnverifiedError, UsageError
+from .files import safe_join, sha256_file, write_json
+from .spec import ModelSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "bundle.json"
+STAMP = "verified.json"
+MAX_MANIFEST_BYTES = 4 << 20
+ROLES = ("preprocess", "vision", "llm")
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    """One file of a bundle."""
+
+    path: str
+    """relative to the bundle, forward slashes"""
+    role: str
+    """`preprocess`, `vision` or `llm`"""
+    precision: str
+    """vision: fp32, int8 …; llm: f16, q8_0, q4_k_m …"""
+    sha256: str
+    """hex digest of the file's bytes"""
+    bytes: int
+    """file size in bytes"""
+    tensor_types: Mapping[str, int] = field(default_factory=dict)
+    """type → number of tensors, read back from the written file"""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One runnable combination of a bundle's files."""
+
+    name: str
+    """`{vision}+{llm}`"""
+    preprocess: BundleFile
+    """the preprocessing graph"""
+    vision: BundleFile
+    """tower + connector"""
+    llm: BundleFile
+    """language model"""
+
+    @property
+    def bytes(self) -> int:
+        """What this build takes on the device's disk, in bytes."""
+        return self.preprocess.bytes + self.vision.bytes + self.llm.bytes
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Opening reads the manifest; `check` reads the files."""
+
+    root: Path
+    """directory"""
+    name: str
+    """model name"""
+    spec: ModelSpec
+    """how the model must be fed"""
+    files: tuple[BundleFile, ...]
+    """every file but the manifest and the stamp"""
+    source: Mapping[str, str]
+    """`name` and `sha256` of the checkpoint that was exported"""
+    tool_versions: Mapping[str, str]
+    """versions of what wrote the files"""
+    sha256: str
+    """hex digest of bundle.json"""
+
+    def builds(self) -> dict[str, Build]:
+        """Every combination, in the manifest's order, by name."""
+        by_role = {role: [f for f in self.files if f.role == role] for role in ROLES}
+        preprocess = by_role["preprocess"][0]
+        return {
+            f"{vision.precision}+{llm.precision}": Build(f"{vision.precision}+{llm.precision}", preprocess, vision, llm)
+            for llm in by_role["llm"]
+            for vision in by_role["vision"]
+        }
+
+    def build(self, name: str | None = None) -> Build:
+        """A build by name; the first one (highest precision) by default. Raises UsageError that lists the names."""
+        builds = self.builds()
+        if name is None:
+            return next(iter(builds.values()))
+        if name not in builds:
+            raise UsageError(f"{self.root}: no build {name!r}", f"it holds: {', '.join(builds)}")
+        return builds[name]
+
+    def path(self, file: BundleFile) -> Path:
+        """Absolute place of a file, certain to lie inside the bundle."""
+        return safe_join(self.root, file.path)
+
+    def check(self, build: Build | None = None) -> None:
+        """Compare sizes and hashes of a build's files, or of all files. Raises BundleError at the first bad one."""
+        chosen = self.files if build is None else (build.preprocess, build.vision, build.llm)
+        for file in chosen:
+            path = self.path(file)
+            if not path.is_file():
+                raise BundleError(f"{path}: missing", "copy the whole bundle again, or export it again")
+            size = path.stat().st_size
+            if size != file.bytes:
+                raise BundleError(
+                    f"{path}: {size:,} bytes, {file.bytes:,} expected",
+                    "copy the file again; it is truncated or changed",
+                )
+            if sha256_file(path) != file.sha256:
+                raise BundleError(
+                    f"{path}: its SHA-256 differs from bundle.json", "copy the file again; its content was changed"
+                )
+
+    def verified_builds(self) -> dict[str, Any]:
+        """What verified.json says of this very manifest: build name → its record; empty where there is none."""
+        path = self.root / STAMP
+        if not path.is_file():
+            return {}
+        stamp = _read_json(path)
+        if not isinstance(stamp, dict) or stamp.get("bundle_sha256") != self.sha256:
+            return {}
+        builds = stamp.get("builds")
+        return dict(builds) if isinstance(builds, dict) else {}
+
+    def is_verified(self, build: Build) -> bool:
+        """Whether `verify` passed this build of this manifest."""
+        record = self.verified_builds().get(build.name)
+        return isinstance(record, dict) and record.get("passed") is True
+
+    def require_verified(self, build: Build, allow_unverified: bool = False) -> None:
+        """Raise UnverifiedError unless the build is stamped or the caller allows it."""
+        if not allow_unverified and not self.is_verified(build):
+            raise UnverifiedError(
+                f"{self.root}: build {build.name} carries no `verified` stamp",
+                "run `tinyllava-edge verify BUNDLE --against CKPT`, or pass --allow-unverified (it is recorded)",
+            )
+
+    def stamp(self, records: Mapping[str, Any]) -> None:
+        """Write verified.json for this manifest: build name → record with a boolean `passed`."""
+        write_json(self.root / STAMP, {"bundle_sha256": self.sha256, "builds": dict(records)})
+
+
+def open_bundle(root: str | Path) -> Bundle:
+    """Read and check a bundle's manifest; files are opened by who needs them.
+
+    Raises:
+        BundleError: missing, not JSON, another schema, or an entry that leaves the directory.
+    """
+    root = Path(root)
+    path = root / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{root}: no {MANIFEST} here", "name a directory that `tinyllava-edge export` wrote")
+    value = _read_json(path)
+    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        raise BundleError(
+            f"{path}: schema_version {version!r}, this version reads {SCHEMA_VERSION}", "export the bundle again"
+        )
+    try:
+        spec = ModelSpec.from_dict(value.get("model"), str(path))
+    except CheckpointError as error:
+        raise BundleError(error.message, error.hint) from error
+    entries = value.get("files")
+    if not isinstance(entries, list):
+        raise BundleError(f"{path}: `files` is not a list", "export the bundle again")
+    files = tuple(_file(path, root, entry) for entry in entries)
+    for role in ROLES:
+        if not any(f.role == role for f in files):
+            raise BundleError(f"{path}: lists no {role} file", "export the bundle again")
+    return Bundle(
+        root=root,
+        name=_string(path, value, "name"),
+        spec=spec,
+        files=files,
+        source=_strings(path, value, "source"),
+        tool_versions=_strings(path, value, "tool_versions"),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def describe_file(root: Path, path: str, role: str, precision: str, tensor_types: Mapping[str, int]) -> BundleFile:
+    """Manifest entry of a file that was just written below `root`."""
+    full = safe_join(root, path)
+    return BundleFile(path, role, precision, sha256_file(full), full.stat().st_size, dict(tensor_types))
+
+
+def write_manifest(
+    root: Path, spec: ModelSpec, files: list[BundleFile], source: Mapping[str, str], tool_versions: Mapping[str, str]
+) -> None:
+    """Write bundle.json. The caller fills `root` inside `files.new_directory`, so a bundle is whole or absent."""
+    write_json(
+        root / MANIFEST,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "name": spec.name,
+            "model": spec.to_dict(),
+            "files": [asdict(file) for file in files],
+            "source": dict(source),
+            "tool_versions": dict(tool_versions),
+        },
+    )
+
+
+def _read_json(path: Path) -> Any:
+    size = path.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: {size:,} bytes, limit {MAX_MANIFEST_BYTES:,}", "this is not a bundle that we wrote")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path}: not valid JSON ({error})", "copy the file again, or export the bundle again"
+        ) from error
+
+
+def _string(path: Path, value: Mapping[str, Any], key: str) -> str:
+    if not isinstance(value.get(key), str):
+        raise BundleError(f"{path}: {key!r} is not a string", "export the bundle again")
+    return str(value[key])
+
+
+def _strings(path: Path, value: Mapping[str, Any], key: str) -> dict[str, str]:
+    entry = value.get(key)
+    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+        raise BundleError(f"{path}: {key!r} is not a table of strings", "export the bundle again")
+    return dict(entry)
+
+
+def _file(path: Path, root: Path, entry: Any) -> BundleFile:
+    wanted = {"path": str, "role": str, "precision": str, "sha256": str, "bytes": int, "tensor_types": dict}
+    if not isinstance(entry, dict) or set(entry) != set(wanted):
+        raise BundleError(f"{path}: a file entry has the wrong keys: {str(entry)[:200]}", "export the bundle again")
+    for key, kind in wanted.items():
+        if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
+            raise BundleError(f"{path}: a file's {key!r} has the wrong type", "export the bundle again")
+    if entry["role"] not in ROLES or entry["bytes"] < 0:
+        raise BundleError(
+            f"{path}: a file has role {entry['role']!r} and {entry['bytes']} bytes", "export the bundle again"
+        )
+    safe_join(root, entry["path"])
+    return BundleFile(**entry)

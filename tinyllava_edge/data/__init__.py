@@ -1,0 +1,1 @@
+"""Data sets: generated scenes and easy-VQA."""

@@ -1,0 +1,141 @@
+"""Files that are either whole or absent: temporary name, fsync, rename; hashes; paths that stay inside."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import BundleError, StorageError
+
+_CHUNK = 1 << 20  # bytes read at a time while hashing
+_TMP = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<pid>\d+)$")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_tree(root: Path) -> str:
+    """One hex SHA-256 over the names and bytes of all regular files below `root`, in sorted order."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def safe_join(root: Path, relative: str) -> Path:
+    """Path of a manifest entry. Raises BundleError if it would leave `root` (absolute, `..`, or a link out)."""
+    pure = PurePosixPath(relative)
+    if not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative or "\0" in relative:
+        raise BundleError(f"{root}: entry {relative!r} leaves the bundle", "get the bundle again from its maker")
+    path = root / pure
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{root}: entry {relative!r} is a link out of the bundle", "copy the bundle without links")
+    return path
+
+
+@contextlib.contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's write errors into a StorageError that names the file and the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"{target}: no space left on the device", "free some space or choose another -o"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(f"{target}: {error.strerror}", "choose a place that you may write to with -o") from error
+        raise
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A directory to fill that becomes `target` when the block ends well, and vanishes when it doesn't.
+
+    Raises:
+        StorageError: `target` exists and `force` is off, or the disk is full.
+    """
+    if target.exists() and not force:
+        raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _swap(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(target: Path, *, force: bool = True) -> Iterator[Path]:
+    """A file name to write to that becomes `target` when the block ends well, and vanishes when it doesn't."""
+    if target.exists() and not force:
+        raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+        try:
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with new_file(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON with sorted keys left as given, two-space indent, one newline at the end."""
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Rename over `target`; an old directory is moved aside first, because rename can't replace a full one."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = target.parent / f".{target.name}.tmp-{os.getpid()}0"
+    target.rename(aside)
+    temporary.rename(target)
+    shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left beside `target`: temporary names whose process is gone."""
+    for entry in target.parent.iterdir():
+        match = _TMP.match(entry.name)
+        if match and match["name"] == target.name and not _alive(int(match["pid"])):
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,408 @@
+"""The family as data: backbones with their full architecture, variants by name, and what a checkpoint needs to be fed.
+
+Nothing here imports torch or transformers, and nothing is fetched: the `config` of a backbone is the whole Hugging Face
+configuration of the paper's model (Table 1), so that it can be built, counted and exported without a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError, UsageError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class VisionBackbone:
+    """A vision tower of Table 1 or a nano one."""
+
+    abbr: str
+    """name used inside a variant's name, e.g. `Sig`"""
+    hub_id: str
+    """where the pretrained weights are published, or `nano/siglip` for the shipped ones"""
+    size_paper: float
+    """nominal size of Table 1, in billions of parameters"""
+    family: str
+    """`clip` or `siglip`: which Hugging Face vision class the config belongs to"""
+    image_mean: tuple[float, float, float]
+    """per-channel mean that `pixel_values` are normalised with"""
+    image_std: tuple[float, float, float]
+    """per-channel standard deviation that `pixel_values` are normalised with"""
+    image_policy: str
+    """what the model's own processor does to a picture: `warp` (SigLIP) or `crop` (CLIP)"""
+    config: Mapping[str, Any]
+    """the whole vision configuration"""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, in pixels."""
+        return int(self.config["image_size"])
+
+    @property
+    def patches(self) -> int:
+        """Patches of one picture: (image_size // patch_size) squared; CLIP's class token is not a patch."""
+        return (self.image_size // int(self.config["patch_size"])) ** 2
+
+
+@dataclass(frozen=True)
+class LlmBackbone:
+    """A small-scale language model of Table 1 or the nano one."""
+
+    abbr: str
+    """name used inside a variant's name, e.g. `Phi`"""
+    hub_id: str
+    """where the pretrained weights are published, or `nano/llm` for the shipped one"""
+    size_paper: float
+    """nominal size of Table 1, in billions of parameters"""
+    template: str
+    """conversation template in `prompt.TEMPLATES`"""
+    head_bias: bool
+    """whether the output head has a bias (Phi-2), which stock Llava would drop"""
+    config: Mapping[str, Any]
+    """the whole text configuration, `model_type` included"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A member of the family, named as in Table A1."""
+
+    name: str
+    """`TinyLLaVA-{recipe}-{vision}-{llm}`"""
+    recipe: str
+    """`base` or `share` (Figure 3)"""
+    vision: str
+    """key of VISION_BACKBONES"""
+    llm: str
+    """key of LLM_BACKBONES"""
+    size_paper: float | None
+    """size printed in Table A1, in billions; none for the nano variants"""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a checkpoint must be fed. Saved as `model_spec.json` in a checkpoint and inside `bundle.json`."""
+
+    name: str
+    """variant or user-given name"""
+    vision_family: str
+    """`clip` or `siglip`"""
+    llm_family: str
+    """`model_type` of the language model, e.g. `llama`"""
+    image_size: int
+    """side of the square input in pixels"""
+    patch_size: int
+    """side of a patch in pixels"""
+    image_mean: tuple[float, float, float]
+    """per-channel mean of the normalisation"""
+    image_std: tuple[float, float, float]
+    """per-channel standard deviation of the normalisation"""
+    image_policy: str
+    """`warp`, `crop` (shortest edge, then centre crop) or `pad` (to a square with `pad_color`)"""
+    pad_color: tuple[int, int, int]
+    """RGB of the padding, used by `pad` only"""
+    feature_layer: int
+    """index into the tower's hidden states; -2 in the paper's models"""
+    select_strategy: str
+    """`full` keeps every token, `default` drops the first (CLIP's class token; Factory's SigLIP patch)"""
+    visual_tokens: int
+    """image embeddings that one picture becomes"""
+    embedding_dim: int
+    """width of an image embedding = hidden size of the language model"""
+    connector: str
+    """connector name, e.g. `mlp2x_gelu`"""
+    template: str
+    """conversation template in `prompt.TEMPLATES`"""
+    max_length: int
+    """longest sequence, image tokens included, that the model was trained for"""
+    compat: str
+    """`native`, `factory` or `legacy`: whose conventions the weights were trained with"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> ModelSpec:
+        """Read and check a spec.
+
+        Args:
+            value: what `json` parsed.
+            where: file named in errors.
+
+        Raises:
+            CheckpointError: a key is missing, unknown, of the wrong type or out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(value, dict) or set(value) != set(fields):
+            keys = set(value) if isinstance(value, dict) else set()
+            raise CheckpointError(
+                f"{where}: model spec lacks {sorted(set(fields) - keys)} and has unknown {sorted(keys - set(fields))}",
+                "export or import the model again with this version",
+            )
+        kinds = {"str": str, "int": int}
+        clean: dict[str, Any] = {}
+        for name, field in fields.items():
+            given = value[name]
+            kind = kinds.get(str(field.type))
+            if kind is not None:
+                good = isinstance(given, kind) and not isinstance(given, bool)
+            else:
+                good = (
+                    isinstance(given, list | tuple) and len(given) == 3 and all(type(x) in (int, float) for x in given)
+                )
+            if not good:
+                raise CheckpointError(
+                    f"{where}: model spec key {name!r} has the wrong type: {given!r}", "restore the file"
+                )
+            clean[name] = tuple(given) if kind is None else given
+        spec = cls(**clean)
+        _check_spec(spec, where)
+        return spec
+
+
+POLICIES = ("warp", "crop", "pad")
+STRATEGIES = ("full", "default")
+
+
+def _check_spec(spec: ModelSpec, where: str) -> None:
+    limits = {
+        "image_size": 4096,
+        "patch_size": 4096,
+        "visual_tokens": 65536,
+        "embedding_dim": 65536,
+        "max_length": 1 << 22,
+    }
+    for name, limit in limits.items():
+        if not 0 < getattr(spec, name) <= limit:
+            raise CheckpointError(f"{where}: {name}={getattr(spec, name)} is outside 1..{limit}", "restore the file")
+    for name, known in (
+        ("image_policy", POLICIES),
+        ("select_strategy", STRATEGIES),
+        ("vision_family", ("clip", "siglip")),
+    ):
+        if getattr(spec, name) not in known:
+            raise CheckpointError(
+                f"{where}: {name}={getattr(spec, name)!r}; known: {', '.join(known)}", "restore the file"
+            )
+
+
+def _clip(image: int, patch: int, hidden: int, inter: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": image,
+        "patch_size": patch,
+        "num_channels": 3,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _siglip(image: int, patch: int, hidden: int, inter: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "siglip_vision_model",
+        "image_size": image,
+        "patch_size": patch,
+        "num_channels": 3,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    }
+
+
+def _rope(theta: float, partial: float | None = None) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    return rope if partial is None else {**rope, "partial_rotary_factor": partial}
+
+
+VISION_BACKBONES: dict[str, VisionBackbone] = {
+    "C": VisionBackbone(
+        "C",
+        "openai/clip-vit-large-patch14-336",
+        0.3,
+        "clip",
+        CLIP_MEAN,
+        CLIP_STD,
+        "crop",
+        _clip(336, 14, 1024, 4096, 24, 16),
+    ),
+    "Sig": VisionBackbone(
+        "Sig",
+        "google/siglip-so400m-patch14-384",
+        0.4,
+        "siglip",
+        SIGLIP_MEAN,
+        SIGLIP_STD,
+        "warp",
+        _siglip(384, 14, 1152, 4304, 27, 16),
+    ),
+    "NanoC": VisionBackbone(
+        "NanoC", "nano/clip", 0.002, "clip", CLIP_MEAN, CLIP_STD, "crop", _clip(64, 8, 192, 512, 5, 6)
+    ),
+    "NanoSig": VisionBackbone(
+        "NanoSig", "nano/siglip", 0.002, "siglip", SIGLIP_MEAN, SIGLIP_STD, "warp", _siglip(64, 8, 192, 512, 5, 6)
+    ),
+}
+
+LLM_BACKBONES: dict[str, LlmBackbone] = {
+    "TL": LlmBackbone(
+        "TL",
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        1.1,
+        "llama",
+        False,
+        {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 32000,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _rope(10000.0),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "SLM": LlmBackbone(
+        "SLM",
+        "stabilityai/stablelm-2-zephyr-1_6b",
+        1.6,
+        "phi",
+        False,
+        {
+            "model_type": "stablelm",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 100352,
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "rope_parameters": _rope(10000.0, 0.25),
+            "use_qkv_bias": True,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": 100257,
+            "eos_token_id": 100257,
+        },
+    ),
+    "Phi": LlmBackbone(
+        "Phi",
+        "microsoft/phi-2",
+        2.7,
+        "phi",
+        True,
+        {
+            "model_type": "phi",
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 51200,
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "rope_parameters": _rope(10000.0, 0.4),
+            "hidden_act": "gelu_new",
+            "tie_word_embeddings": False,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        },
+    ),
+    "Nano": LlmBackbone(
+        "Nano",
+        "nano/llm",
+        0.003,
+        "llama",
+        False,
+        {
+            "model_type": "llama",
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 1024,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _rope(10000.0),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+# Table A1, in its order; the nano variants follow.
+_SIZES = {
+    ("C", "TL"): 1.4,
+    ("Sig", "TL"): 1.5,
+    ("C", "SLM"): 1.9,
+    ("Sig", "SLM"): 2.0,
+    ("C", "Phi"): 3.0,
+    ("Sig", "Phi"): 3.1,
+}
+VARIANTS: dict[str, Variant] = {
+    name: Variant(name, recipe, vision, llm, size)
+    for recipe in ("base", "share")
+    for (vision, llm), size in _SIZES.items()
+    for name in [f"TinyLLaVA-{recipe}-{vision}-{llm}"]
+}
+NANO_VARIANTS: dict[str, Variant] = {
+    name: Variant(name, "base", vision, "Nano", None)
+    for vision in ("NanoC", "NanoSig")
+    for name in [f"TinyLLaVA-base-{vision}-Nano"]
+}
+DEFAULT_VARIANT = "TinyLLaVA-base-NanoSig-Nano"
+
+
+def variant(name: str) -> Variant:
+    """Look a variant up by its exact name. Raises UsageError that lists the known names."""
+    known = {**VARIANTS, **NANO_VARIANTS}
+    if name not in known:
+        raise UsageError(f"unknown variant {name!r}", f"known: {', '.join(known)}")
+    return known[name]
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The spec of a variant trained by us (`native`): every patch kept, CLIP's class token dropped."""
+    chosen = variant(name)
+    vision, llm = VISION_BACKBONES[chosen.vision], LLM_BACKBONES[chosen.llm]
+    return ModelSpec(
+        name=name,
+        vision_family=vision.family,
+        llm_family=str(llm.config["model_type"]),
+        image_size=vision.image_size,
+        patch_size=int(vision.config["patch_size"]),
+        image_mean=vision.image_mean,
+        image_std=vision.image_std,
+        image_policy=vision.image_policy,
+        pad_color=tuple(int(255 * mean) for mean in vision.image_mean),  # type: ignore[arg-type]
+        feature_layer=-2,
+        select_strategy="default" if vision.family == "clip" else "full",
+        visual_tokens=vision.patches,
+        embedding_dim=int(llm.config["hidden_size"]),
+        connector="mlp2x_gelu",
+        template=llm.template,
+        max_length=2048,
+        compat="native",
+    )
