@@ -115,9 +115,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole road on the embedded default: train, export, verify, measure, report. Resumes where it stopped."""
-    from .demo import run_demo
+    from .demo import DEFAULT, FULL, run_demo
 
-    summary = run_demo(out, force=force, full=full, progress=talk)
+    summary = run_demo(out, force=force, size=FULL if full else DEFAULT, progress=talk)
     if as_json:
         emit(summary)
 

@@ -1,0 +1,101 @@
+"""The command line: instant help, exit codes, one-line errors, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PROGRAM = [sys.executable, "-m", "tinyllava_edge.cli"]
+
+
+def call(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_COLOR": "1"}
+    return subprocess.run(
+        [*PROGRAM, *arguments], capture_output=True, text=True, timeout=120, env=environment, **options
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`--help` must not load what takes seconds; best of five on a noisy machine stays under 0.4 s."""
+    heavy = "torch transformers onnx onnxruntime llama_cpp numpy PIL matplotlib plotly".split()
+    code = (
+        "import sys\nfrom tinyllava_edge.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().endswith("[]"), done.stderr
+    assert "demo" in done.stdout
+    best = 9.0
+    for _ in range(5):
+        start = time.perf_counter()
+        assert call("--help").returncode == 0
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.4
+
+
+def test_every_command_explains_itself() -> None:
+    text = call("--help").stdout
+    commands = [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()]
+    assert set(commands) >= {"demo", "train", "export", "verify", "run", "eval", "bench", "report", "info"}
+    for command in commands:
+        shown = call(command, "--help")
+        assert shown.returncode == 0 and "Usage:" in shown.stdout
+
+
+def test_variants_as_json_and_as_table() -> None:
+    rows = json.loads(call("info", "--variants", "--json").stdout)
+    named = {row["variant"]: row for row in rows}
+    share = named["TinyLLaVA-share-Sig-Phi"]
+    assert share["size_paper"] == 3.1 and share["parameters"] == 3_217_417_280
+    assert share["parameters_exported"] == 3_186_937_120
+    assert (share["resolution"], share["visual_tokens"], share["recipe"]) == (384, 729, "share")
+    assert sum(row["size_paper"] is not None for row in rows) == 12
+    table = call("info", "--variants").stdout
+    assert "TinyLLaVA-base-C-TL" in table and "1.410 B" in table
+
+
+def test_info_names_what_is_installed() -> None:
+    value = json.loads(call("info", "--json").stdout)
+    assert value["installed"]["device"]["onnxruntime"] and value["problems"] == []
+
+
+def test_doctor_says_when_both_onnxruntimes_are_installed() -> None:
+    from tinyllava_edge.info import problems
+
+    both = problems({"onnxruntime": "1", "onnxruntime-gpu": "1", "llama-cpp-python": "1"})
+    assert len(both) == 1 and "both installed" in both[0] and "pip uninstall" in both[0]
+    neither = problems({"onnxruntime": None, "onnxruntime-gpu": None, "llama-cpp-python": None})
+    assert len(neither) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run"], 2, "Missing argument"),
+        (["run", "nowhere", "what?"], 1, "no bundle.json"),
+        (["info", "nowhere"], 2, "neither a bundle"),
+        (["info", "--variants", "x"], 2, "takes no path"),
+        (["export", "nowhere", "-o", "out"], 1, "no such directory"),
+        (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_errors_are_short_and_have_codes(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    done = call(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cli_reference_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, REPOSITORY / "docs" / "cli_reference.py", "--check"], timeout=60)
+    assert done.returncode == 0

@@ -1,0 +1,353 @@
+"""The whole road on the embedded default, in steps that resume: data, training, export, verify, measuring, report.
+
+Each step writes its result whole or not at all and is then recorded in `state.json` with the seconds it took, so that a
+second run goes on where the first one stopped, or says that everything is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .benchmarks.results import Sample, read_results, write_results
+from .errors import StorageError
+from .files import new_directory, write_json
+
+LLM_TYPES = ("f16", "q8_0", "q4_k_m")
+VISION_TYPES = ("fp32", "int8")
+BENCH_QUESTION = "Describe the image."
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything the demo does."""
+
+    scenes_train: int = 1500
+    """generated pictures to train on"""
+    scenes_eval: int = 240
+    """generated pictures to score on, spread over the tiers"""
+    training: float = 1.0
+    """share of the recipe's epochs"""
+    reference_questions: int | None = None
+    """easy-VQA test questions that the reference answers; None asks all 9,673"""
+    build_questions: int | None = 1000
+    """easy-VQA test questions that every build answers; None asks all 9,673"""
+    repetitions: int = 15
+    """measured answers per build"""
+
+
+DEFAULT = Size()
+FULL = replace(DEFAULT, build_questions=None)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the demo keeps what."""
+
+    root: Path
+    """the demo's directory"""
+
+    @property
+    def state(self) -> Path:
+        """Steps that are done."""
+        return self.root / "state.json"
+
+    @property
+    def data(self) -> Path:
+        """Questions, captions and pictures."""
+        return self.root / "data"
+
+    @property
+    def work(self) -> Path:
+        """Untrained model and the checkpoint of stage 1."""
+        return self.root / "work"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained model."""
+        return self.root / "checkpoint"
+
+    @property
+    def bundle(self) -> Path:
+        """What would go to a device."""
+        return self.root / "bundle"
+
+    @property
+    def results(self) -> Path:
+        """Raw samples of everything that was measured."""
+        return self.root / "results.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page to decide from."""
+        return self.root / "report.html"
+
+    @property
+    def summary(self) -> Path:
+        """The figures per build."""
+        return self.root / "summary.json"
+
+    def part(self, name: str) -> Path:
+        """Raw samples of one measuring step."""
+        return self.work / f"{name}.jsonl"
+
+
+def run_demo(out: Path, *, force: bool = False, size: Size = DEFAULT, progress: Progress) -> dict[str, Any]:
+    """Run or resume the demo in `out`.
+
+    Args:
+        out: directory; created when missing.
+        force: start over; only a directory that a demo made is emptied.
+        size: how much of everything to do.
+        progress: receives lines for people.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        StorageError: `out` holds something else.
+    """
+    paths = Paths(out)
+    _prepare(paths, force)
+    state = _read_state(paths, size)
+    steps: list[tuple[str, str, Callable[[], None]]] = [
+        ("data", "easy-VQA and generated scenes as LLaVA JSON", lambda: _data(paths, size)),
+        ("model", "nano backbones and a random connector", lambda: _model(paths)),
+        ("stage 1", "connector learns from captions (Eq. 1-2)", lambda: _train(paths, "pretrain", size)),
+        ("stage 2", "connector and language model learn from answers (Eq. 3)", lambda: _train(paths, "finetune", size)),
+        ("export", "ONNX, GGUF, quantised builds", lambda: _export(paths, progress)),
+        ("verify", "bundle against checkpoint, stage by stage", lambda: _verify(paths, progress)),
+        ("eval", "accuracy of the reference and of every build", lambda: _eval(paths, size, progress)),
+        ("bench", "latency and memory of every build", lambda: _bench(paths, size, progress)),
+        ("report", "report.html and summary.json", lambda: _report(paths, size)),
+    ]
+    todo = [name for name, _, _ in steps if name not in state["seconds"]]
+    if not todo:
+        progress("everything is done already; --force starts over")
+    for number, (name, purpose, work) in enumerate(steps, 1):
+        if name not in todo:
+            continue
+        progress(f"[{number}/{len(steps)}] {name}: {purpose}")
+        start = time.perf_counter()
+        work()
+        state["seconds"][name] = round(time.perf_counter() - start, 2)
+        write_json(paths.state, state)
+    summary: dict[str, Any] = json.loads(paths.summary.read_text(encoding="utf-8"))
+    summary["seconds_total"] = round(sum(state["seconds"].values()), 1)
+    summary["seconds"] = state["seconds"]
+    write_json(paths.summary, summary)
+    for line in closing_lines(summary):
+        progress(line)
+    progress(f"report: {paths.report}")
+    return summary
+
+
+def closing_lines(summary: dict[str, Any]) -> list[str]:
+    """The short table that the demo ends with."""
+    from .commands import table
+
+    rows = [
+        {
+            "build": name,
+            "accuracy": f"{build['accuracy']:.2%}",
+            "flips": f"{build['flips']} of {build['n']}",
+            "TTFT": f"{build['ttft_ms']:.1f} ms",
+            "decode": f"{build['decode_tokens_per_s']:.0f} tok/s" if build["decode_tokens_per_s"] else "-",
+            "size": f"{build['bundle_bytes'] / 1e6:.1f} MB",
+            "peak RSS": f"{build['peak_rss_bytes'] / 1e6:.0f} MB",
+            "verified": "yes" if build["verified"] else "NO",
+        }
+        for name, build in summary["builds"].items()
+    ]
+    reference = summary["reference"]
+    return [
+        "",
+        *table(rows).splitlines(),
+        "",
+        f"reference: {reference['accuracy']:.2%} of {reference['n']:,} easy-VQA test questions; "
+        f"pictures shuffled: {summary['blind_accuracy']:.2%}",
+        f"to ship: {summary['ship'] or 'none'}",
+        f"{summary['seconds_total']:.0f} s in all",
+    ]
+
+
+def _prepare(paths: Paths, force: bool) -> None:
+    if paths.root.exists() and any(paths.root.iterdir()) and not paths.state.is_file():
+        raise StorageError(f"{paths.root} holds something that no demo made", "name an empty directory with -o")
+    if force and paths.root.exists():
+        shutil.rmtree(paths.root)
+    paths.work.mkdir(parents=True, exist_ok=True)
+
+
+def _read_state(paths: Paths, size: Size) -> dict[str, Any]:
+    fresh = {"version": __version__, "size": asdict(size), "seconds": {}}
+    if not paths.state.is_file():
+        write_json(paths.state, fresh)
+        return fresh
+    try:
+        state: dict[str, Any] = json.loads(paths.state.read_text(encoding="utf-8"))
+        seconds = dict(state["seconds"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{paths.state}: damaged ({error})", "start over with --force") from error
+    if state.get("version") != __version__:
+        raise StorageError(f"{paths.state}: made by version {state.get('version')}", "start over with --force")
+    if state.get("size") != fresh["size"]:
+        keep = _still_good(state.get("size"), fresh["size"])
+        seconds = {name: took for name, took in seconds.items() if name in keep}
+    return {**fresh, "seconds": seconds}
+
+
+def _still_good(old: Any, new: dict[str, Any]) -> tuple[str, ...]:
+    """Steps that another size leaves as they are: all but the measuring, when only that differs."""
+    measuring = {"reference_questions", "build_questions", "repetitions"}
+    if isinstance(old, dict) and all(old.get(key) == value for key, value in new.items() if key not in measuring):
+        return ("data", "model", "stage 1", "stage 2", "export", "verify")
+    return ()
+
+
+def _data(paths: Paths, size: Size) -> None:
+    from .data import easy_vqa, scenes
+    from .data.scene_text import TIERS
+
+    with new_directory(paths.data, force=True) as temporary:
+        easy_vqa.convert(temporary)
+        scenes.write_split(temporary, size.scenes_train, seed=1, split="train")
+        scenes.write_split(temporary, size.scenes_eval, seed=1, split="eval", tiers=TIERS)
+
+
+def _model(paths: Paths) -> None:
+    from .spec import DEFAULT_VARIANT
+    from .train.trainer import init_checkpoint
+
+    init_checkpoint(DEFAULT_VARIANT, paths.work / "init", force=True)
+
+
+def _train(paths: Paths, stage: str, size: Size) -> None:
+    """Both stages of the recipe; stage 2 also keeps captions, as one more question on each picture."""
+    from .train import recipes
+    from .train.trainer import train
+
+    chosen = recipes.load("base-nano").stage(stage)
+    chosen = replace(chosen, epochs=chosen.epochs * size.training)
+    captions = paths.data / "train_captions.json"
+    source, data, out = {
+        "pretrain": (paths.work / "init", [captions], paths.work / "stage-1"),
+        "finetune": (
+            paths.work / "stage-1",
+            [paths.data / "train_qa.json", captions, paths.data / "train.json"],
+            paths.checkpoint,
+        ),
+    }[stage]
+    train(source, chosen, data, paths.data / "images", out, force=True)
+
+
+def _export(paths: Paths, progress: Progress) -> None:
+    from .export.bundle_writer import export_bundle
+
+    export_bundle(paths.checkpoint, paths.bundle, llm=LLM_TYPES, vision=VISION_TYPES, force=True, progress=progress)
+
+
+def _verify(paths: Paths, progress: Progress) -> None:
+    from .commands import print_verify
+    from .export.verify import verify
+
+    report = verify(paths.bundle, paths.checkpoint, progress=progress)
+    print_verify(report)
+    write_results(paths.part("verify"), report.samples())
+
+
+def _eval(paths: Paths, size: Size, progress: Progress) -> None:
+    """The reference answers every test question once; builds answer a fixed sample of them, and all scenes."""
+    from .benchmarks.tasks import evaluate, load_rows, sample_rows
+    from .bundle import open_bundle
+    from .runtimes.edge import open_edge
+    from .runtimes.reference import open_reference
+
+    images = paths.data / "images"
+    questions = sample_rows(load_rows(paths.data / "test_qa.json", images), size.reference_questions)
+    scenes = load_rows(paths.data / "eval.json", images)
+    asked = [*sample_rows(questions, size.build_questions), *scenes]
+    reference = open_reference(paths.checkpoint)
+    try:
+        every = evaluate(reference, [*questions, *scenes], progress=progress)
+        blind = evaluate(reference, asked, shuffle_pictures_seed=0, progress=progress)
+    finally:
+        reference.close()
+    write_results(paths.part("reference"), every.samples())
+    wanted = {row.id for row in asked}
+    same = replace(every, records=tuple(record for record in every.records if record.id in wanted))
+    samples = [*same.samples(), *blind.samples()]
+    for name in open_bundle(paths.bundle).builds():
+        runtime = open_edge(paths.bundle, name, allow_unverified=True)
+        try:
+            samples += evaluate(runtime, asked, progress=progress).samples()
+        finally:
+            runtime.close()
+    write_results(paths.part("eval"), samples)
+
+
+def _bench(paths: Paths, size: Size, progress: Progress) -> None:
+    from .benchmarks.latency import bench
+
+    picture = next(iter(sorted((paths.data / "images").glob("test-*.png"))))
+    samples = bench(
+        paths.bundle, picture=picture, question=BENCH_QUESTION, repetitions=size.repetitions, progress=progress
+    )
+    write_results(paths.part("bench"), samples)
+
+
+def _report(paths: Paths, size: Size) -> None:
+    from .benchmarks.report import render_report
+
+    command = Sample("command", detail={"command": "tinyllava-edge demo" + (" --full" if size == FULL else "")})
+    parts = read_results([paths.part(name) for name in ("verify", "eval", "bench")])
+    samples = [command, *parts]
+    write_results(paths.results, samples)
+    render_report(samples, paths.report, images=paths.data / "images")
+    write_json(paths.summary, summarise_demo(samples, read_results([paths.part("reference")])))
+
+
+def summarise_demo(samples: Sequence[Sample], reference: Iterable[Sample]) -> dict[str, Any]:
+    """summary.json: one entry per build, the reference on all test questions, the blind baseline."""
+    from .benchmarks.summary import summarise
+    from .benchmarks.tasks import accuracy
+
+    found, whole = summarise(samples), summarise(list(reference)).reference
+    if found.reference is None or found.reference.accuracy is None or whole is None or whole.accuracy is None:
+        raise StorageError("the demo's results hold no reference answers", "start over with --force")
+    builds = {}
+    for build in found.builds:
+        if build.accuracy is None or build.ttft is None or build.flips is None:
+            raise StorageError(f"the demo's results lack figures of build {build.build}", "start over with --force")
+        builds[build.build] = {
+            "accuracy": build.accuracy.estimate,
+            "accuracy_reference": found.reference.accuracy.estimate,
+            "n": build.n,
+            "flips": len(build.flips.changed),
+            "by_tier": {name: value.estimate for name, value in build.by_tier.items()},
+            "ttft_ms": build.ttft.estimate,
+            "decode_tokens_per_s": build.stages.get("decode_tokens_per_s"),
+            "bundle_bytes": build.bytes,
+            "peak_rss_bytes": build.memory.get("peak_rss"),
+            "verified": bool(build.verified),
+        }
+    return {
+        "version": __version__,
+        "ship": found.decision.build,
+        "why": list(found.decision.reasons),
+        "builds": builds,
+        "reference": {
+            "accuracy": whole.accuracy.estimate,
+            "n": whole.n,
+            "by_type": {name: value.estimate for name, value in whole.by_type.items()},
+            "by_tier": {name: value.estimate for name, value in whole.by_tier.items()},
+        },
+        "blind_accuracy": accuracy(found.blind).estimate,
+    }
