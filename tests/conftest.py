@@ -75,3 +75,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_checkpoint_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP-style tower (3 layers) + Llama (2 layers)."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "clip", "NanoC")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SigLIP-style checkpoint as a bundle of fp32+f16 and int8+q4_k_m, stamped as verified."""
+    from tinyllava_edge.export.bundle_writer import export_bundle
+
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    bundle = export_bundle(tiny_checkpoint, out, llm=("f16", "q4_k_m"), vision=("fp32", "int8"))
+    bundle.stamp({name: {"passed": True} for name in bundle.builds()})
+    return out

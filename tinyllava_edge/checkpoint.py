@@ -8,6 +8,8 @@ model_spec.json                                          how the model must be f
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,25 @@ class Checkpoint:
 def save(model: TinyLlava, tokenizer: Any, spec: ModelSpec, out: Path, *, force: bool = False) -> None:
     """Write a checkpoint directory, whole or not at all. Raises StorageError if `out` exists and `force` is off."""
     with new_directory(out, force=force) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
+        with quiet():
+            model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "preprocessor_config.json", processor_config(spec))
         write_json(temporary / SPEC_FILE, spec.to_dict())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars from transformers: files on this disk load in an instant."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load(root: str | Path) -> Checkpoint:
@@ -66,21 +83,16 @@ def load(root: str | Path) -> Checkpoint:
 def _load_model(root: Path) -> TinyLlava:
     import torch
     from safetensors import SafetensorError
-    from transformers.utils import logging as hf_logging
 
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # files on this disk load in an instant; the bar would only be noise
     try:
-        model, info = TinyLlava.from_pretrained(
-            root, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet():
+            model, info = TinyLlava.from_pretrained(
+                root, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{root}: can't be loaded ({str(error).splitlines()[0]})", "copy the whole checkpoint again"
         ) from error
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     wrong = {
         key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }

@@ -26,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_TYPER_INTERRUPTED = 130  # typer swallows Ctrl-C and returns this
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output path.")]
 AllowUnverified = Annotated[
@@ -39,6 +41,8 @@ def main() -> None:
     """Entry point: run the app and turn every expected failure into one line, its hint, and an exit code."""
     try:
         code = app(standalone_mode=False)
+        if code == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except TinyLlavaEdgeError as error:
         fail(str(error), error.hint, error.exit_code)

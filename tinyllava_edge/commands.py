@@ -59,14 +59,14 @@ def ask(
     """Answer one question; with `stream` the text goes to stdout as it is decoded and the timings to stderr."""
     from .runtimes.edge import open_edge
 
-    runtime = open_edge(bundle, build, n_threads=threads, n_ctx=n_ctx, allow_unverified=allow_unverified)
+    opened = open_bundle(bundle)
+    runtime = open_edge(opened, build, n_threads=threads, n_ctx=n_ctx, allow_unverified=allow_unverified)
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
     try:
         answer = runtime.answer(image, question, max_tokens=max_tokens, on_text=show if stream else None)
-        verified = runtime.verified
     finally:
         runtime.close()
     if stream:
@@ -75,7 +75,7 @@ def ask(
     return {
         "answer": answer.text,
         "build": runtime.build,
-        "verified": verified,
+        "verified": opened.is_verified(opened.build(runtime.build)),
         "finish_reason": answer.finish_reason,
         "n_prompt_tokens": answer.n_prompt_tokens,
         "n_image_tokens": answer.n_image_tokens,

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import BundleError, StorageError
 
 _CHUNK = 1 << 20  # bytes read at a time while hashing
+_FULL = 1 << 20  # bytes; with less left on the disk, a failed write is blamed on it
 _TMP = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<pid>\d+)$")
 
 
@@ -80,6 +81,10 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             _swap(temporary, target)
+        except Exception as error:
+            if shutil.disk_usage(temporary).free < _FULL and not isinstance(error, StorageError):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # native code says it in other words
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,0 +1,147 @@
+"""The loss equals Hugging Face Llava's own on plain rows, and a pack's loss equals the sum of its rows'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tinyllava_edge import checkpoint as checkpoints
+from tinyllava_edge.checkpoint import Checkpoint
+from tinyllava_edge.train.collate import IGNORED
+from tinyllava_edge.train.dataset import PackSampler, StageData, prepare
+from tinyllava_edge.train.objective import Objective, freeze
+from tinyllava_edge.train.recipes import PRESETS, StageRecipe, override
+
+from .conftest import Files
+
+CAPTIONS, ANSWERS = PRESETS["base-nano"].stages
+
+
+@pytest.fixture(scope="module")
+def start(tiny_checkpoint: Path) -> Checkpoint:
+    return checkpoints.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def start_clip(tiny_checkpoint_clip: Path) -> Checkpoint:
+    return checkpoints.load(tiny_checkpoint_clip)
+
+
+def summed(start: Checkpoint, data: StageData) -> float:
+    with torch.no_grad():
+        batch = data.batch(list(data.packs))
+        return float(Objective(start.model).eval()(**batch, num_items_in_batch=1)["loss"])
+
+
+@pytest.mark.parametrize("tower", ["start", "start_clip"])
+@pytest.mark.parametrize("stage", [CAPTIONS, ANSWERS], ids=["captions", "answers"])
+def test_packing_does_not_change_the_loss(
+    tower: str, stage: StageRecipe, files: Files, request: pytest.FixtureRequest
+) -> None:
+    start = request.getfixturevalue(tower)
+    data = [files.captions, files.qa] if stage is CAPTIONS else [files.qa]
+    packed = prepare(start, override(stage, {"max_turns": 4}), data, files.images)
+    alone = prepare(start, override(stage, {"max_turns": 1}), data, files.images)
+    assert len(packed.packs) < len(alone.packs) == sum(len(p.rows) for p in packed.packs)
+    expected = summed(start, alone)
+    assert summed(start, packed) == pytest.approx(expected, rel=1e-6, abs=1e-4)  # 60 to 1,100 nats in float32
+    # turns that see each other, or positions that do not restart, are far outside this tolerance
+    batch = packed.batch(list(packed.packs))
+    n = batch["input_ids"].shape[1]
+    leaky = {**batch, "attention_mask": torch.ones(n, n, dtype=torch.bool).tril().expand(len(packed.packs), 1, n, n)}
+    moved = {**batch, "position_ids": torch.arange(n).expand(len(packed.packs), n)}
+    for wrong in (leaky, moved):
+        with torch.no_grad():
+            loss = float(Objective(start.model).eval()(**wrong, num_items_in_batch=1)["loss"])
+        assert abs(loss - expected) > 1e-2
+
+
+def test_hugging_face_llava_honours_the_mask_and_gives_the_same_loss(start: Checkpoint, files: Files) -> None:
+    packed = prepare(start, override(ANSWERS, {"max_turns": 4}), files.qa, files.images, cache_bytes=0)
+    batch = packed.batch(list(packed.packs))
+    with torch.no_grad():
+        logits = start.model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch["pixel_values"],
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+        ).logits  # (b, n, vocabulary)
+    picked = logits.gather(1, batch["sources"].unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+    expected = cross_entropy(picked.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+    assert summed(start, packed) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_plain_rows_give_llavas_own_loss(start: Checkpoint, files: Files) -> None:
+    data = prepare(start, override(ANSWERS, {"max_turns": 1}), files.mixed, files.images, cache_bytes=0)
+    batch = data.batch(list(data.packs))
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for k, item in enumerate(data.packs):
+        row = item.rows[0]
+        labels[k, : len(row.ids)] = torch.where(torch.from_numpy(row.is_answer), torch.from_numpy(row.ids), IGNORED)
+    with torch.no_grad():
+        theirs = start.model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch["pixel_values"],
+            attention_mask=batch["attention_mask"],
+            labels=labels,
+        ).loss
+        ours = Objective(start.model).eval()(**batch)
+    assert float(ours["loss"]) == pytest.approx(float(theirs), rel=1e-5)
+    assert not ours["hits"][batch["labels"] == IGNORED].any()
+
+
+def test_cached_features_equal_pixels(start: Checkpoint, files: Files) -> None:
+    cached = prepare(start, ANSWERS, files.qa, files.images)
+    live = prepare(start, ANSWERS, files.qa, files.images, cache_bytes=0)
+    assert "image_features" in cached.batch(cached.packs[:2]) and "pixel_values" in live.batch(live.packs[:2])
+    assert summed(start, cached) == pytest.approx(summed(start, live), rel=1e-5)
+    assert cached.sha256 == live.sha256
+
+
+def test_what_each_stage_trains(start: Checkpoint) -> None:
+    def trained(**changes: object) -> set[str]:
+        freeze(start.model, override(ANSWERS, changes))
+        return {name for name, p in start.model.named_parameters() if p.requires_grad}
+
+    connector = trained(trains="connector")
+    assert len(connector) == 4 and all(".multi_modal_projector." in name for name in connector)
+    both = trained(trains="connector+llm")
+    assert "lm_head.weight" in both and not any(".vision_tower." in name for name in both)
+    assert both == {name for name, _ in start.model.named_parameters() if ".vision_tower." not in name}
+    tower = trained(trains="connector+llm", vision_from_layer=1) - both
+    # layers 0, 1, 2: the first is kept, and the last never reaches the features of hidden_states[-2]
+    assert tower and all(".layers.1." in name for name in tower)
+
+
+def test_the_tower_stays_in_eval_mode_unless_it_is_trained(start: Checkpoint) -> None:
+    freeze(start.model, ANSWERS)
+    objective = Objective(start.model).train()
+    assert not start.model.model.vision_tower.training and start.model.model.language_model.training
+    freeze(start.model, override(ANSWERS, {"vision_from_layer": 0}))
+    assert objective.train().model.model.vision_tower.training
+
+
+def test_gradients_reach_the_tuned_tower_layers_only(start: Checkpoint, files: Files) -> None:
+    stage = override(ANSWERS, {"vision_from_layer": 1})
+    data = prepare(start, stage, files.qa, files.images)
+    freeze(start.model, stage)
+    Objective(start.model).train()(**data.batch(data.packs[:2]))["loss"].backward()
+    for name, parameter in start.model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    start.model.zero_grad()
+
+
+def test_the_order_is_new_each_epoch_the_same_for_a_seed_and_whole() -> None:
+    lengths = [k % 13 for k in range(103)]
+    first, again, other = (PackSampler(lengths, 4, seed) for seed in (1, 1, 2))
+    assert list(first) == list(again) != list(other)
+    assert sorted(first) == list(range(103))
+    before = list(first)
+    first.set_epoch(1)
+    assert list(first) != before and sorted(first) == list(range(103))
+    batches = [before[k : k + 4] for k in range(0, 100, 4)]
+    spread = sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches) / len(batches)
+    assert spread < 3  # random batches of four from 0..12 spread over about 8

@@ -1,0 +1,88 @@
+"""The presets hold the paper's numbers, the TOML files say the same, and nothing mistyped is taken in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tinyllava_edge.errors import UsageError
+from tinyllava_edge.train.recipes import PRESETS, StageRecipe, load, override, recipe_from
+
+FOLDER = Path(__file__).parents[2] / "train" / "recipes"
+
+
+def test_base_is_the_papers() -> None:
+    first, second = PRESETS["base"].stages
+    assert (first.trains, first.learning_rate, first.batch_size, first.epochs) == ("connector", 1e-3, 256, 1)
+    assert (second.trains, second.learning_rate, second.batch_size, second.epochs) == ("connector+llm", 2e-5, 128, 1)
+    assert (first.template, second.template) == ("pretrain", "model")
+    assert first.vision_from_layer is None and second.vision_from_layer is None
+
+
+def test_share_trains_the_tower_from_layer_12_in_its_second_stage() -> None:
+    first, second, third = PRESETS["share"].stages
+    assert first == PRESETS["base"].stages[0] and third == PRESETS["base"].stages[1]
+    assert (second.vision_from_layer, second.learning_rate, second.batch_size) == (12, 2e-5, 256)
+
+
+def test_each_preset_has_a_file_that_says_the_same() -> None:
+    assert {path.stem for path in FOLDER.glob("*.toml")} == set(PRESETS)
+    for name, preset in PRESETS.items():
+        assert load(FOLDER / f"{name}.toml") == preset
+        assert load(name) is preset
+
+
+def test_every_field_is_explained() -> None:
+    source = (Path(__file__).parents[2] / "tinyllava_edge" / "train" / "recipes.py").read_text()
+    for field in dataclasses.fields(StageRecipe):
+        line = next(line for line in source.split("\n") if line.startswith(f"    {field.name}: "))
+        assert source.split(line, 1)[1].lstrip().startswith('"""'), field.name
+
+
+STAGE = '[[stages]]\nname = "a"\ntemplate = "model"\ntrains = "connector"\nlearning_rate = 1e-3\nbatch_size = 4\n'
+WRONG = {
+    "unknown key": ('name = "x"\n' + STAGE + "learning_rat = 1\n", "unknown key 'learning_rat'", "learning_rate"),
+    "unknown top key": ('nam = "x"\n' + STAGE, "unknown key 'nam'", "stages"),
+    "missing": ('name = "x"\n' + STAGE.replace("batch_size = 4\n", ""), "batch_size is missing", "learning_rate"),
+    "type": ('name = "x"\n' + STAGE.replace("= 4", '= "4"'), "batch_size = '4'", ""),
+    "bool as int": ('name = "x"\n' + STAGE.replace("= 4", "= true"), "batch_size = True", ""),
+    "choice": ('name = "x"\n' + STAGE.replace('"connector"', '"all"'), "trains = 'all'", "connector+llm"),
+    "not a number": ('name = "x"\n' + STAGE.replace("1e-3", "nan"), "learning_rate = nan", ""),
+    "zero batch": ('name = "x"\n' + STAGE.replace("= 4", "= 0"), "batch_size = 0", "at least 1"),
+    "uneven": ('name = "x"\n' + STAGE + "micro_batch = 3\n", "no multiple of micro_batch = 3", ""),
+    "no stage": ('name = "x"\n', "stages", "[[stages]]"),
+    "no name": (STAGE, "`name`", ""),
+    "not TOML": ("[[", "can't be read as TOML", ""),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_is_refused(case: str, tmp_path: Path) -> None:
+    text, message, hint = WRONG[case]
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        load(path)
+    assert str(path) in error.value.message and message in error.value.message and hint in error.value.hint
+
+
+def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        load("bas")
+    assert "base-nano" in error.value.hint
+    with pytest.raises(UsageError, match="can't be read"):
+        load(tmp_path / "none.toml")
+
+
+def test_overrides_are_checked_and_change_nothing_else() -> None:
+    stage = PRESETS["base"].stages[0]
+    assert override(stage, {"epochs": 2}) == dataclasses.replace(stage, epochs=2.0)
+    with pytest.raises(UsageError, match="unknown key 'epoch'"):
+        override(stage, {"epoch": 2})
+    with pytest.raises(UsageError, match="precision = 'fp16'"):
+        override(stage, {"precision": "fp16"})
+    assert recipe_from(dataclasses.asdict(PRESETS["share"]), "json") == PRESETS["share"]
+    with pytest.raises(UsageError, match="no stage 'x'"):
+        PRESETS["base"].stage("x")

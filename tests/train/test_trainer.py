@@ -1,0 +1,232 @@
+"""Stages train what they say, stop and go on without a trace, repeat exactly, and describe what they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyllava_edge import checkpoint as checkpoints
+from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
+from tinyllava_edge.train.dataset import StageData
+from tinyllava_edge.train.engine import WHOLE
+from tinyllava_edge.train.recipes import PRESETS, StageRecipe, override
+from tinyllava_edge.train.trainer import TrainResult, train, work_directory
+
+from .conftest import Files
+
+CAPTIONS = override(PRESETS["base-nano"].stages[0], {"batch_size": 4, "precision": "fp32"})
+ANSWERS = override(
+    PRESETS["base-nano"].stages[1], {"batch_size": 2, "max_turns": 4, "precision": "fp32", "save_steps": 5}
+)
+
+
+def run(start: Path, stage: StageRecipe, data: Path, files: Files, out: Path, **options: object) -> TrainResult:
+    return train(start, stage, data, files.images, out, progress=False, **options)  # type: ignore[arg-type]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def test_stage_1_changes_the_connector_alone_and_says_what_it_did(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "one"
+    result = train(tiny_checkpoint, CAPTIONS, files.captions, files.images, out)
+    before, after = tensors(tiny_checkpoint), tensors(out)
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "multi_modal_projector" in name} and len(changed) == 4
+    captured = capfd.readouterr()
+    assert captured.out == "" and "loss" in captured.err and "images/s" in captured.err
+    saved = json.loads((tmp_path / "one.train.json").read_text())
+    assert saved["recipe"] == {**CAPTIONS.__dict__} and saved["steps"] == result.steps == 2
+    assert (saved["rows"], saved["packs"], saved["bad_rows"], len(saved["losses"])) == (8, 8, 0, 2)
+    assert saved["images_per_s"] > 0 and len(saved["data_sha256"]) == 64 and saved["source"] == str(tiny_checkpoint)
+    assert not work_directory(out).exists()
+    assert checkpoints.load(out).spec == checkpoints.load_spec(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_2_learns_a_small_set_by_heart_and_leaves_the_tower(
+    precision: str, tiny_checkpoint: Path, files: Files, tmp_path: Path
+) -> None:
+    stage = override(ANSWERS, {"epochs": 12, "precision": precision, "learning_rate": 2e-3})
+    result = run(tiny_checkpoint, stage, files.qa, files, tmp_path / "two", eval_data=files.qa)
+    assert result.losses[0] > 5 and result.final_loss < 0.6
+    assert result.score is not None and result.score["rows"] == 20
+    assert result.score["exact"] >= 16 and result.score["loss"] < 0.5
+    before, after = tensors(tiny_checkpoint), tensors(tmp_path / "two")
+    for name in before:
+        same = torch.equal(before[name], after[name])
+        assert same == ("vision_tower" in name), name
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path
+) -> None:
+    runs = [
+        run(tiny_checkpoint, override(ANSWERS, {"seed": seed}), files.mixed, files, tmp_path / f"{k}")
+        for k, seed in enumerate((1, 1, 2))
+    ]
+    assert runs[0].losses == runs[1].losses != runs[2].losses
+    first, second = tensors(tmp_path / "0"), tensors(tmp_path / "1")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_accumulated_micro_batches_are_the_batch(tiny_checkpoint: Path, files: Files, tmp_path: Path) -> None:
+    whole = run(tiny_checkpoint, override(ANSWERS, {"batch_size": 4}), files.qa, files, tmp_path / "whole")
+    parts = run(
+        tiny_checkpoint, override(ANSWERS, {"batch_size": 4, "micro_batch": 1}), files.qa, files, tmp_path / "parts"
+    )
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+
+
+LONG = override(ANSWERS, {"epochs": 15})  # 4 steps an epoch, 60 in all, states after 5, 10 …
+KILLED = """
+import json, sys
+from pathlib import Path
+from tinyllava_edge.train.recipes import recipe_from
+from tinyllava_edge.train.trainer import train
+start, stage, data, images, out = sys.argv[1:]
+(recipe,) = recipe_from({"name": "x", "stages": [json.loads(stage)]}, "test").stages
+train(Path(start), recipe, Path(data), Path(images), Path(out), progress=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_checkpoint: Path, files: Files, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return run(tiny_checkpoint, LONG, files.qa, files, out), tensors(out)
+
+
+def same_end(result: TrainResult, out: Path, whole: tuple[TrainResult, dict[str, torch.Tensor]]) -> None:
+    """On one machine the kernels repeat, so the weights are equal but for rounding of saved moments: 1e-6."""
+    assert result.resumed_from > 0 and result.steps == whole[0].steps
+    assert result.losses == pytest.approx(whole[0].losses, abs=1e-6)
+    for name, tensor in tensors(out).items():
+        torch.testing.assert_close(tensor, whole[1][name], atol=1e-6, rtol=0)
+
+
+def test_a_killed_run_goes_on_from_the_last_whole_state(
+    tiny_checkpoint: Path,
+    files: Files,
+    tmp_path: Path,
+    uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]],
+) -> None:
+    out = tmp_path / "run"
+    work = work_directory(out)
+    stage = json.dumps({key: value for key, value in LONG.__dict__.items() if value is not None})
+    arguments = [str(tiny_checkpoint), stage, str(files.qa), str(files.images), str(out)]
+    child = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(work.glob(f"checkpoint-*/{WHOLE}")):
+            assert child.poll() is None, child.stderr and child.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == -signal.SIGKILL and not out.exists()
+    # a state that was being written when the power went, and one that lost its tail
+    newest = max(work.glob(f"checkpoint-*/{WHOLE}"), key=lambda p: p.stat().st_mtime).parent
+    for step, spoil in ((58, "unmarked"), (59, "cut")):
+        state = work / f"checkpoint-{step}"
+        shutil.copytree(newest, state)
+        if spoil == "unmarked":
+            (state / WHOLE).unlink()
+        else:
+            (state / "model.safetensors").write_bytes((state / "model.safetensors").read_bytes()[:-1000])
+    result = run(tiny_checkpoint, LONG, files.qa, files, out)
+    assert result.resumed_from < 58
+    same_end(result, out, uninterrupted)
+
+
+def test_ctrl_c_saves_the_step_and_the_same_call_goes_on(
+    tiny_checkpoint: Path,
+    files: Files,
+    tmp_path: Path,
+    uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, calls, real = tmp_path / "run", [0], StageData.batch
+
+    def batch(self: StageData, packs: list[object]) -> object:
+        calls[0] += 1
+        if calls[0] == 8:  # in the second epoch, between two saved states
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, packs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StageData, "batch", batch)
+    with pytest.raises(TinyLlavaEdgeError, match="interrupted at step") as stopped:
+        run(tiny_checkpoint, LONG, files.qa, files, out)
+    assert stopped.value.exit_code == 130 and "again" in stopped.value.hint and not out.exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = run(tiny_checkpoint, LONG, files.qa, files, out)
+    assert 5 < result.resumed_from <= 9
+    same_end(result, out, uninterrupted)
+
+
+def test_states_of_another_job_are_refused_unless_told_to_start_over(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run(tiny_checkpoint, ANSWERS, files.qa, files, out)
+    with pytest.raises(StorageError, match="exists already"):
+        run(tiny_checkpoint, ANSWERS, files.qa, files, out)
+    work = work_directory(out)
+    work.mkdir()
+    (work / "job.json").write_text('{"stage": "another"}')
+    with pytest.raises(StorageError, match="another recipe, data or start"):
+        run(tiny_checkpoint, ANSWERS, files.qa, files, out, force=True)
+    result = run(tiny_checkpoint, ANSWERS, files.qa, files, out, force=True, resume=False)
+    assert result.resumed_from == 0 and not work.exists()
+
+
+def test_a_time_limit_keeps_what_was_learnt(tiny_checkpoint: Path, files: Files, tmp_path: Path) -> None:
+    result = run(tiny_checkpoint, LONG, files.qa, files, tmp_path / "run", max_seconds=0.0)
+    assert (result.stopped_early, result.steps) == ("time", 1)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_checkpoint: Path, files: Files, tmp_path: Path) -> None:
+    loaded = checkpoints.load(tiny_checkpoint)
+    with torch.no_grad():
+        loaded.model.lm_head.weight[5, 5] = float("inf")
+    checkpoints.save(loaded.model, loaded.tokenizer, loaded.spec, tmp_path / "broken")
+    with pytest.raises(TinyLlavaEdgeError, match=r"the loss at step 1 is (nan|inf)"):
+        run(tmp_path / "broken", ANSWERS, files.qa, files, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_and_broken_pictures_are_named_counted_and_left_out(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(files.images, images)
+    (images / "3.png").write_bytes((images / "3.png").read_bytes()[:300])
+    rows = json.loads(files.qa.read_text())
+    rows[0]["conversations"][1]["value"] = ""
+    data = tmp_path / "bad.json"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"bad.json: row 1 .*message 2 is empty; 1 bad rows, 0 allowed"):
+        train(tiny_checkpoint, ANSWERS, data, images, tmp_path / "run", progress=False)
+    with pytest.raises(DataError, match="4 bad rows, 1 allowed"):
+        train(tiny_checkpoint, ANSWERS, data, images, tmp_path / "run", progress=False, max_bad=1)
+    result = train(tiny_checkpoint, ANSWERS, data, images, tmp_path / "run", progress=False, max_bad=4)
+    assert (result.bad_rows, result.rows) == (4, 16)
+    named = [json.loads(line) for line in (tmp_path / "run.bad_rows.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in named] == [1, 8, 9, 10] and "3.png" in named[1]["reason"]

@@ -1,0 +1,256 @@
+"""Recipes as plain values: the paper's `base` and `share` (§4.1.2, Figure 3), and `base` scaled to the nano models.
+
+The TOML files in `train/recipes/` hold the same numbers for reading and copying; `load` takes a name or a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ..errors import UsageError
+
+TRAINS = ("connector", "connector+llm")
+SCHEDULERS = ("cosine", "linear", "constant")
+PRECISIONS = ("bf16", "fp32")
+TEMPLATES = ("pretrain", "model")
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One stage of training."""
+
+    name: str
+    """stage name, e.g. `pretrain`"""
+    template: str
+    """`pretrain`: image and caption (Eq. 1); `model`: the conversation template of the checkpoint (Eq. 3)"""
+    trains: str
+    """`connector` or `connector+llm`; the rest is frozen"""
+    learning_rate: float
+    """peak learning rate of AdamW"""
+    batch_size: int
+    """pictures (packs) per optimiser step, over all devices"""
+    epochs: float = 1.0
+    """passes over the data"""
+    vision_from_layer: int | None = None
+    """first tower layer that is trained too (`share`: 12); none keeps the tower frozen"""
+    micro_batch: int = 0
+    """pictures per device and forward pass; the gradients of batch_size are accumulated; 0 takes batch_size at once"""
+    warmup_ratio: float = 0.03
+    """share of the steps over which the learning rate rises"""
+    lr_scheduler: str = "cosine"
+    """`cosine`, `linear` or `constant`, after the warm-up"""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices"""
+    adam_beta2: float = 0.999
+    """AdamW's second-moment decay"""
+    max_grad_norm: float = 1.0
+    """gradients are clipped to this norm; 0 turns clipping off"""
+    max_turns: int = 1
+    """single-turn rows on one picture that share its prefix; 1 trains every row by itself"""
+    max_length: int = 0
+    """positions after which a row is cut, image included; 0 takes the checkpoint's own limit"""
+    precision: str = "bf16"
+    """`bf16`: autocast with float32 weights; `fp32`"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    save_steps: int = 500
+    """optimiser steps between two saved states"""
+    seed: int = 42
+    """seed of the data order and of everything random"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stages that make a model out of backbones."""
+
+    name: str
+    """recipe name, as in a variant's name"""
+    stages: tuple[StageRecipe, ...]
+    """stages in order"""
+    notes: str = ""
+    """where the numbers come from"""
+
+    def stage(self, name: str) -> StageRecipe:
+        """A stage by its exact name. Raises UsageError that lists the names."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise UsageError(
+            f"recipe {self.name} has no stage {name!r}", f"known: {', '.join(s.name for s in self.stages)}"
+        )
+
+
+_BASE_1 = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 256, micro_batch=32, gradient_checkpointing=True)
+_BASE_2 = StageRecipe("finetune", "model", "connector+llm", 2e-5, 128, micro_batch=8, gradient_checkpointing=True)
+_SHARE = StageRecipe(
+    "share-pretrain",
+    "pretrain",
+    "connector+llm",
+    2e-5,
+    256,
+    vision_from_layer=12,
+    micro_batch=8,
+    gradient_checkpointing=True,
+)
+
+PRESETS: dict[str, Recipe] = {
+    "base": Recipe(
+        "base",
+        (_BASE_1, _BASE_2),
+        "The paper's base recipe (§4.1.2): stage 1 trains the connector, stage 2 the connector and the language model, "
+        "one epoch each. Warm-up, cosine and weight decay as in LLaVA-1.5.",
+    ),
+    "share": Recipe(
+        "share",
+        (_BASE_1, _SHARE, _BASE_2),
+        "The paper's share recipe (§4.1.2, Figure 3): the connector starts from base's stage 1, then everything but "
+        "the first 12 tower layers is trained on long captions, then stage 2 of base.",
+    ),
+    "base-nano": Recipe(
+        "base-nano",
+        (
+            StageRecipe(
+                "pretrain",
+                "pretrain",
+                "connector",
+                2e-3,
+                64,
+                adam_beta2=0.98,
+                save_steps=200,
+            ),
+            StageRecipe(
+                "finetune",
+                "model",
+                "connector+llm",
+                1e-3,
+                24,
+                epochs=4.0,
+                weight_decay=0.05,
+                adam_beta2=0.98,
+                max_turns=10,
+                save_steps=200,
+            ),
+        ),
+        "base for models of a few million parameters and 64 x 64 pictures, on two CPU cores. The learning rate of "
+        "stage 2 is 50 times the paper's: a small model bears it, and it has minutes instead of GPU days. The batch "
+        "of 24 pictures with up to 10 turns holds about 170 answers; the paper's holds 128 conversations.",
+    ),
+}
+
+
+def load(name_or_path: str | Path) -> Recipe:
+    """A preset by its exact name, or a TOML file's recipe.
+
+    Raises:
+        UsageError: unknown name, unreadable file, unknown or missing key, or a value out of range.
+    """
+    name = str(name_or_path)
+    if name in PRESETS:
+        return PRESETS[name]
+    if not name.endswith(".toml"):
+        raise UsageError(f"unknown recipe {name!r}", f"known: {', '.join(PRESETS)}, or the path of a .toml file")
+    try:
+        value = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"{name}: can't be read as TOML ({error})", "compare with the files in train/recipes"
+        ) from error
+    return recipe_from(value, name)
+
+
+def recipe_from(value: Mapping[str, Any], where: str) -> Recipe:
+    """A recipe from parsed TOML or JSON; `where` is named in errors."""
+    _known(value, Recipe, where)
+    stages = value.get("stages")
+    if not isinstance(stages, list | tuple) or not stages or not all(isinstance(stage, Mapping) for stage in stages):
+        raise UsageError(f"{where}: `stages` must be a list of tables", "write [[stages]] in front of each stage")
+    texts = {key: value.get(key, "") for key in ("name", "notes")}
+    if not texts["name"] or not all(isinstance(text, str) for text in texts.values()):
+        raise UsageError(f"{where}: `name` must be text, and `notes` too where given", 'write name = "my-recipe"')
+    built = tuple(_stage(stage, f"{where}: stage {k}") for k, stage in enumerate(stages, 1))
+    return Recipe(texts["name"], built, texts["notes"])
+
+
+def override(stage: StageRecipe, changes: Mapping[str, Any]) -> StageRecipe:
+    """The stage with some fields changed. Raises UsageError for an unknown field or a value out of range."""
+    return _stage({**dataclasses.asdict(stage), **changes}, f"stage {stage.name}")
+
+
+def _stage(value: Mapping[str, Any], where: str) -> StageRecipe:
+    _known(value, StageRecipe, where)
+    hints = get_type_hints(StageRecipe)
+    clean: dict[str, Any] = {}
+    for field in dataclasses.fields(StageRecipe):
+        if field.name not in value:
+            if field.default is dataclasses.MISSING:
+                raise UsageError(f"{where}: {field.name} is missing", f"needed: {', '.join(_needed())}")
+            continue
+        clean[field.name] = _typed(value[field.name], hints[field.name], f"{where}: {field.name}")
+    stage = StageRecipe(**clean)
+    _check(stage, where)
+    return stage
+
+
+def _typed(given: Any, hint: Any, where: str) -> Any:
+    kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and type(given) is int:
+        return float(given)
+    if type(given) not in kinds:
+        names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UsageError(f"{where} = {given!r}: not of type {names}", "compare with the files in train/recipes")
+    return given
+
+
+def _check(stage: StageRecipe, where: str) -> None:
+    for name, known in (
+        ("trains", TRAINS),
+        ("lr_scheduler", SCHEDULERS),
+        ("precision", PRECISIONS),
+        ("template", TEMPLATES),
+    ):
+        if getattr(stage, name) not in known:
+            raise UsageError(f"{where}: {name} = {getattr(stage, name)!r}", f"known: {', '.join(known)}")
+    lowest: dict[str, float] = {
+        "batch_size": 1,
+        "max_turns": 1,
+        "save_steps": 1,
+        "micro_batch": 0,
+        "max_length": 0,
+        "seed": 0,
+    }
+    lowest |= {"weight_decay": 0, "max_grad_norm": 0, "vision_from_layer": 0}
+    for name, limit in lowest.items():
+        given = getattr(stage, name)
+        if given is not None and not limit <= given < 2**31:
+            raise UsageError(f"{where}: {name} = {given}", f"it must be at least {limit:g}")
+    if not stage.name or not 0 < stage.learning_rate < 1 or not 0 < stage.epochs <= 1000:
+        raise UsageError(
+            f"{where}: learning_rate = {stage.learning_rate}, epochs = {stage.epochs}",
+            "a name, a learning rate between 0 and 1, and 0 < epochs <= 1000 are needed",
+        )
+    if not 0 <= stage.warmup_ratio < 1 or not 0 < stage.adam_beta2 < 1:
+        raise UsageError(
+            f"{where}: warmup_ratio = {stage.warmup_ratio}, adam_beta2 = {stage.adam_beta2}", "0 <= value < 1"
+        )
+    if stage.micro_batch and stage.batch_size % stage.micro_batch:
+        raise UsageError(
+            f"{where}: batch_size = {stage.batch_size} is no multiple of micro_batch = {stage.micro_batch}",
+            "choose a micro_batch that divides batch_size",
+        )
+
+
+def _known(value: Mapping[str, Any], kind: type, where: str) -> None:
+    fields = [field.name for field in dataclasses.fields(kind)]
+    unknown = [key for key in value if key not in fields]
+    if unknown:
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}", f"known: {', '.join(fields)}")
+
+
+def _needed() -> list[str]:
+    return [field.name for field in dataclasses.fields(StageRecipe) if field.default is dataclasses.MISSING]

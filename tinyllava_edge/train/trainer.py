@@ -1,0 +1,221 @@
+"""Train one stage of a recipe (paper §3.2): a checkpoint and LLaVA JSON in, a checkpoint out.
+
+    read and check rows → cache tower features → pack → Trainer on the objective → checkpoint.save
+
+States are saved in `{out}.work` while it trains; the same call goes on from the newest whole one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from .. import checkpoint as checkpoints
+from ..data.llava_json import BAD_ROWS_FILE, write_bad_rows
+from ..errors import StorageError, TinyLlavaEdgeError
+from ..files import sha256_tree, write_json
+from .backbones import init_checkpoint
+from .dataset import StageData, prepare
+from .engine import StageTrainer, arguments, open_work
+from .objective import Objective, freeze
+from .pictures import CACHE_BYTES
+from .progress import InterruptOnce, Meter, Watch
+from .recipes import StageRecipe
+from .score import score
+
+__all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
+
+LAST = 20  # steps that the final loss is the mean of
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a stage did; saved as `{out}.train.json`."""
+
+    checkpoint: str
+    """directory that was written"""
+    source: str
+    """checkpoint that it started from"""
+    source_sha256: str
+    """hash of that checkpoint's files"""
+    recipe: dict[str, Any]
+    """the resolved stage recipe"""
+    data: tuple[str, ...]
+    """JSON files"""
+    data_sha256: str
+    """hash of the JSON files, and of the names and sizes of the pictures"""
+    rows: int
+    """conversations trained on"""
+    packs: int
+    """sequences that they were packed into"""
+    bad_rows: int
+    """rows left out; `{out}.bad_rows.jsonl` names them"""
+    steps: int
+    """optimiser steps in all"""
+    resumed_from: int
+    """step that this call went on from; 0 for a fresh start"""
+    seconds: float
+    """time of training in this call, without loading and caching"""
+    images_per_s: float
+    """pictures per second of training in this call"""
+    final_loss: float
+    """mean loss over the last 20 steps, in nats per answer token"""
+    losses: tuple[float, ...]
+    """loss of each step, resumed ones included"""
+    stopped_early: str
+    """`time` when max_seconds ended it, else empty"""
+    score: dict[str, Any] | None
+    """loss and exact answers on the held-out rows, when there were any"""
+    versions: dict[str, str]
+    """versions of this package, torch and transformers"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without the loss of each step."""
+        return {name: value for name, value in asdict(self).items() if name != "losses"}
+
+
+def work_directory(out: Path) -> Path:
+    """Where the states of a run that will write `out` are kept until it ends."""
+    return out.parent / f"{out.name}.work"
+
+
+def train(
+    checkpoint: Path,
+    stage: StageRecipe,
+    data: Path | Sequence[Path],
+    images: Path,
+    out: Path,
+    *,
+    eval_data: Path | None = None,
+    max_bad: int = 0,
+    resume: bool = True,
+    force: bool = False,
+    max_seconds: float | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    workers: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train one stage and write a checkpoint, whole or not at all.
+
+    Args:
+        checkpoint: what to start from: `init_checkpoint`'s output or an earlier stage's.
+        data: LLaVA JSON, one file or several.
+        images: directory that the rows' pictures are relative to.
+        eval_data: held-out rows to score at the end, on pictures in `images` too.
+        max_bad: bad rows to accept; they are written to `{out}.bad_rows.jsonl`.
+        resume: go on from the newest whole state of the same job; False starts over.
+        force: replace `out` if it exists.
+        max_seconds: stop training after this time and keep what was learnt; the learning rate is not annealed then.
+        cache_bytes: the most that cached tower features may take.
+        workers: processes that decode pictures when features are not cached.
+        device: `cpu` or `cuda`; by default a GPU where there is one.
+        progress: draw a progress line on stderr.
+
+    Raises:
+        DataError, CheckpointError, UsageError, StorageError: unusable input or output.
+        TinyLlavaEdgeError: interrupted (exit code 130; the hint says how to go on), or the loss is not finite.
+    """
+    if out.exists() and not force:
+        raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    start = checkpoints.load(checkpoint)
+    start.model.to(device)
+    meter = Meter(progress)
+    prepared = prepare(
+        start, stage, data, images, max_bad=max_bad, cache_bytes=cache_bytes,
+        on_progress=lambda done, count: meter.show(f"{stage.name}: features of {done}/{count} pictures", done == count),
+    )  # fmt: skip
+    source_sha256 = sha256_tree(checkpoint)
+    job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
+    work = work_directory(out)
+    state = open_work(work, job, resume)
+
+    watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
+    trainer = _fit(start, stage, prepared, work, state, device, workers, watch)
+    done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
+    losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+    scored = None if eval_data is None else score(start, stage, eval_data, images, cache_bytes=cache_bytes)
+    result = TrainResult(
+        checkpoint=str(out),
+        source=str(checkpoint),
+        source_sha256=source_sha256,
+        recipe=asdict(stage),
+        data=tuple(str(path) for path in ([data] if isinstance(data, Path) else data)),
+        data_sha256=prepared.sha256,
+        rows=sum(len(item.rows) for item in prepared.packs),
+        packs=len(prepared.packs),
+        bad_rows=len(prepared.bad),
+        steps=trainer.state.global_step,
+        resumed_from=watch.first_step,
+        seconds=seconds,
+        images_per_s=done * stage.batch_size / seconds if seconds else 0.0,
+        final_loss=sum(losses[-LAST:]) / max(1, len(losses[-LAST:])),
+        losses=losses,
+        stopped_early=watch.reason,
+        score=asdict(scored) if scored else None,
+        versions={"tinyllava_edge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    )
+    if trainer.args.should_save:
+        _write(result, start, prepared, out, force)
+        shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _fit(
+    start: checkpoints.Checkpoint,
+    stage: StageRecipe,
+    prepared: StageData,
+    work: Path,
+    state: Path | None,
+    device: str,
+    workers: int,
+    watch: Watch,
+) -> StageTrainer:
+    """Train `start.model` in place; `state` is a saved state to go on from."""
+    model = start.model
+    model.model.language_model.set_attn_implementation("sdpa")  # the one that takes our boolean masks
+    freeze(model, stage)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = StageTrainer(Objective(model), arguments(stage, work, device, workers), prepared, watch)
+    try:
+        with InterruptOnce(watch):
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
+    except KeyboardInterrupt:
+        watch.reason = "interrupt"
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if watch.reason == "interrupt" and step < steps:
+        stopped = TinyLlavaEdgeError(
+            f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {work}",
+            "run the same command again to go on from there",
+        )
+        stopped.exit_code = 130
+        raise stopped
+    if watch.reason == "loss":
+        raise TinyLlavaEdgeError(
+            f"stage {stage.name}: the loss at step {step} is {watch.loss}", "lower learning_rate, or train in fp32"
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # parameters are spread over devices: gather them
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        start.model.cpu().load_state_dict({name.removeprefix("model."): value for name, value in gathered.items()})
+    return trainer
+
+
+def _write(result: TrainResult, start: checkpoints.Checkpoint, prepared: StageData, out: Path, force: bool) -> None:
+    """The checkpoint, then what is said about it, beside it."""
+    if result.recipe["gradient_checkpointing"]:
+        start.model.gradient_checkpointing_disable()
+    for parameter in start.model.parameters():
+        parameter.requires_grad = True
+    checkpoints.save(start.model.cpu().eval(), start.tokenizer, start.spec, out, force=force)
+    if prepared.bad:
+        write_bad_rows(out.parent / f"{out.name}.{BAD_ROWS_FILE}", prepared.bad)
+    write_json(out.parent / f"{out.name}.train.json", asdict(result))
