@@ -33,6 +33,8 @@ class Size:
     """generated pictures to train on"""
     scenes_eval: int = 240
     """generated pictures to score on, spread over the tiers"""
+    train_pictures: int | None = None
+    """easy-VQA training pictures; None takes all 4,000"""
     training: float = 1.0
     """share of the recipe's epochs"""
     reference_questions: int | None = None
@@ -217,9 +219,20 @@ def _data(paths: Paths, size: Size) -> None:
     from .data.scene_text import TIERS
 
     with new_directory(paths.data, force=True) as temporary:
-        easy_vqa.convert(temporary)
+        paths_in = easy_vqa.convert(temporary)
+        for path in (paths_in.train_qa, paths_in.train_captions):
+            _keep_pictures(path, size.train_pictures)
         scenes.write_split(temporary, size.scenes_train, seed=1, split="train")
         scenes.write_split(temporary, size.scenes_eval, seed=1, split="eval", tiers=TIERS)
+
+
+def _keep_pictures(path: Path, count: int | None) -> None:
+    """Drop the rows of all but the first `count` pictures."""
+    if count is None:
+        return
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    kept = set(list(dict.fromkeys(row["image"] for row in rows))[:count])
+    write_json(path, [row for row in rows if row["image"] in kept])
 
 
 def _model(paths: Paths) -> None:
