@@ -70,7 +70,7 @@ def test_the_wall_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.
     """Otherwise the tests above could not fail."""
     path = tmp_path / "runtimes" / "bad.py"
     path.parent.mkdir()
-    monkeypatch.setattr("test_walls.ROOT" if __name__ == "test_walls" else f"{__name__}.ROOT", tmp_path)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
     sources = {
         "import torch.nn as nn": "torch",
         "def f():\n    from torch import nn": "torch",

@@ -303,12 +303,17 @@ def bench(
 @app.command()
 def report(
     results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="results.jsonl files.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file; .md and .png go beside it.")] = Path(
+        "report.html"
+    ),
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Pictures that were evaluated, to show flips.")
+    ] = None,
 ) -> None:
     """One self-contained HTML page: which build to ship, Pareto plots, flips, parity, environment."""
     from .commands import write_report
 
-    write_report(results, out)
+    write_report(results, out, images)
     talk(f"report: {out}")
 
 

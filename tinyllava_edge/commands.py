@@ -265,12 +265,14 @@ def sample_picture(directory: Path) -> Path:
     return path
 
 
-def write_report(results: Sequence[Path], out: Path) -> None:
-    """Draw report.html from results files."""
+def write_report(results: Sequence[Path], out: Path, images: Path | None) -> None:
+    """Draw report.html, its table as Markdown and its plots as PNG from results files."""
     from .benchmarks.report import render_report
     from .benchmarks.results import read_results
 
-    render_report(read_results(list(results)), out)
+    render_report(
+        read_results(list(results)), out, images=images, markdown=out.with_suffix(".md"), png=out.with_suffix(".png")
+    )
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

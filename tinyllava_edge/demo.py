@@ -189,7 +189,7 @@ def _prepare(paths: Paths, force: bool) -> None:
 
 
 def _read_state(paths: Paths, size: Size) -> dict[str, Any]:
-    fresh = {"version": __version__, "size": asdict(size), "seconds": {}}
+    fresh: dict[str, Any] = {"version": __version__, "size": asdict(size), "seconds": {}}
     if not paths.state.is_file():
         write_json(paths.state, fresh)
         return fresh
@@ -323,13 +323,14 @@ def _report(paths: Paths, size: Size) -> None:
     parts = read_results([paths.part(name) for name in ("verify", "eval", "bench")])
     samples = [command, *parts]
     write_results(paths.results, samples)
-    render_report(samples, paths.report, images=paths.data / "images")
+    markdown, png = paths.root / "table.md", paths.root / "pareto.png"
+    render_report(samples, paths.report, images=paths.data / "images", markdown=markdown, png=png)
     write_json(paths.summary, summarise_demo(samples, read_results([paths.part("reference")])))
 
 
 def summarise_demo(samples: Sequence[Sample], reference: Iterable[Sample]) -> dict[str, Any]:
     """summary.json: one entry per build, the reference on all test questions, the blind baseline."""
-    from .benchmarks.summary import summarise
+    from .benchmarks.summary import headline, summarise
     from .benchmarks.tasks import accuracy
 
     found, whole = summarise(samples), summarise(list(reference)).reference
@@ -345,6 +346,7 @@ def summarise_demo(samples: Sequence[Sample], reference: Iterable[Sample]) -> di
             "n": build.n,
             "flips": len(build.flips.changed),
             "by_tier": {name: value.estimate for name, value in build.by_tier.items()},
+            "flips_tiers": len(build.tier_flips.changed) if build.tier_flips else 0,
             "ttft_ms": build.ttft.estimate,
             "decode_tokens_per_s": build.stages.get("decode_tokens_per_s"),
             "bundle_bytes": build.bytes,
@@ -362,5 +364,5 @@ def summarise_demo(samples: Sequence[Sample], reference: Iterable[Sample]) -> di
             "by_type": {name: value.estimate for name, value in whole.by_type.items()},
             "by_tier": {name: value.estimate for name, value in whole.by_tier.items()},
         },
-        "blind_accuracy": accuracy(found.blind).estimate,
+        "blind_accuracy": accuracy(headline(found.blind)).estimate,
     }

@@ -46,7 +46,14 @@ def verify_record(passed: bool) -> dict[str, object]:
         for given in ("reference", "own")
     ]  # fmt: skip
     first = None if passed else "image_embeds"
-    return {"build": "", "passed": passed, "first_divergence": first, "checks": checks, "samples": 66, "tie_margin": 0.1}
+    return {
+        "build": "",
+        "passed": passed,
+        "first_divergence": first,
+        "checks": checks,
+        "samples": 66,
+        "tie_margin": 0.1,
+    }
 
 
 def make_samples(seed: int = 0) -> list[Sample]:
@@ -65,8 +72,8 @@ def make_samples(seed: int = 0) -> list[Sample]:
     }  # fmt: skip
     samples = [Sample("environment", environment_id="e1", detail=machine)]
     files = [
-        {"path": f"{role}-{precision}.bin", "role": role, "precision": precision, "sha256": "ab" * 32, "bytes": 4_000_000,
-         "tensor_types": {"F16": 12, "Q6_K": 3}}
+        {"path": f"{role}-{precision}.bin", "role": role, "precision": precision, "sha256": "ab" * 32,
+         "bytes": 4_000_000, "tensor_types": {"F16": 12, "Q6_K": 3}}
         for role, precision in (("preprocess", "uint8"), ("vision", "fp32"), ("vision", "int8"), ("llm", "q4_k_m"))
     ]  # fmt: skip
     bundle = {"name": "TinyLLaVA-base-NanoSig-Nano", "sha256": "cd" * 32, "files": files, "visual_tokens": 64}
@@ -86,7 +93,9 @@ def make_samples(seed: int = 0) -> list[Sample]:
             values = [m * factor * rng.lognormvariate(0, 0.04) for m in MEDIANS]
             stages = [*zip(STAGES, values, strict=True), ("ttft_ms", sum(values))]
             samples += [Sample("latency", "edge", build, stage, v, "ms", number, "e1") for stage, v in stages]
-            samples.append(Sample("latency", "edge", build, "decode_tokens_per_s", 180 / factor, "tokens/s", number, "e1"))
+            samples.append(
+                Sample("latency", "edge", build, "decode_tokens_per_s", 180 / factor, "tokens/s", number, "e1")
+            )
         samples.append(Sample("verify", "edge", build, environment_id="e1", detail=verify_record(passed)))
     samples.append(Sample("command", detail={"command": "tinyllava-edge bench BUNDLE -o results.jsonl"}))
     return samples
@@ -107,3 +116,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k in range(QUESTIONS // PER_PICTURE):
         Image.new("RGB", (64, 48), (k % 256, 90, 255 - k % 256)).save(root / f"test-{k}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two builds of the tiny random checkpoint: fp32+f32 and fp32+q8_0."""
+    from tinyllava_edge.export.bundle_writer import export_bundle
+
+    out = tmp_path_factory.mktemp("bench") / "bundle"
+    export_bundle(tiny_checkpoint, out, llm=("f32", "q8_0"), vision=("fp32",))
+    return out

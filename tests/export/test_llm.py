@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,11 @@ def test_full_disk_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"llm\.gguf: no space left"):
         llm.export_llm(checkpoint.load(tiny_checkpoint), target)
     assert not list(tmp_path.iterdir())
+
+
+def test_disk_fills_between_tensors(tiny_checkpoint: Path, small_disk: Callable[[int], Path]) -> None:
+    """A short write inside numpy carries no error number; it is a full disk all the same."""
+    place = small_disk(1500)
+    with pytest.raises(StorageError, match=r"llm\.gguf: no space left"):
+        llm.export_llm(checkpoint.load(tiny_checkpoint), place / "llm.gguf")
+    assert not list(place.iterdir())

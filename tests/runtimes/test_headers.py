@@ -46,6 +46,7 @@ BAD = {
     "width": (lambda d: set_number(d, "llama.embedding_length", 0), "embedding_length is 0"),
     "context": (lambda d: set_number(d, "llama.context_length", 0), "context_length is 0"),
     "rotation": (lambda d: set_number(d, "llama.rope.dimension_count", 4096), "dimension_count is 4096"),
+    "epsilon": (lambda d: set_number(d, "layer_norm_rms_epsilon", 0xBF800000), "epsilon is -1.0"),
     "same tokens": (a_token_twice, "two tokens have the same text"),
 }
 

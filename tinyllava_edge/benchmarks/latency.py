@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tinyllava_edge.benchmarks.environment import bundle_sample, capture, ceilings, environment_sample
 from tinyllava_edge.benchmarks.results import Sample
-from tinyllava_edge.bundle import ROLES, Build, open_bundle
+from tinyllava_edge.bundle import ROLES, Build, Bundle, open_bundle
 from tinyllava_edge.errors import EngineError, UsageError
 from tinyllava_edge.runtimes.base import Answer, Runtime
 
@@ -34,6 +34,7 @@ def bench(
     repetitions: int = REPETITIONS,
     max_tokens: int = 16,
     memory: bool = True,
+    n_threads: int | None = None,
     progress: Progress = None,
 ) -> list[Sample]:
     """Measure builds of a bundle on one picture and question.
@@ -46,6 +47,7 @@ def bench(
         repetitions: rounds, at least 1; medians need 10 or more to mean something.
         max_tokens: longest answer.
         memory: also measure peak memory, which opens each build once more in a fresh process.
+        n_threads: threads of every build; all cores by default.
         progress: receives a line per round.
 
     Returns:
@@ -59,7 +61,7 @@ def bench(
         raise UsageError(f"{repetitions} repetitions", "give --repetitions 1 or more")
     opened = open_bundle(bundle)
     chosen = [opened.build(name) for name in builds] if builds else list(opened.builds().values())
-    runtimes = _open(bundle, chosen)
+    runtimes = _open(opened, chosen, n_threads)
     try:
         environment = {**capture(next(iter(runtimes.values()))), "ceilings": ceilings()}
         first = environment_sample(environment)
@@ -73,7 +75,7 @@ def bench(
             runtime.close()
     if memory:
         for build in chosen:
-            samples += peak_memory(bundle, build.name, picture, question, first.environment_id)
+            samples += peak_memory(bundle, build.name, picture, question, first.environment_id, n_threads)
             _say(progress, f"{build.name}: peak memory measured")
     return samples
 
@@ -113,13 +115,21 @@ def sizes(build: Build, environment_id: str = "") -> list[Sample]:
     return [Sample("size", "edge", build.name, role, size, "bytes", 0, environment_id) for role, size in files.items()]
 
 
-def peak_memory(bundle: Path, build: str, picture: Path, question: str, environment_id: str = "") -> list[Sample]:
+def peak_memory(
+    bundle: Path,
+    build: str,
+    picture: Path,
+    question: str,
+    environment_id: str = "",
+    n_threads: int | None = None,
+) -> list[Sample]:
     """Memory of one build, measured in a process that does nothing else.
 
     Raises:
         EngineError: the process failed, ran longer than ten minutes, or printed something else.
     """
     command = [sys.executable, "-m", "tinyllava_edge.benchmarks.peak_rss", str(bundle), build, str(picture), question]
+    command += [] if n_threads is None else [str(n_threads)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MEMORY_TIMEOUT_S)
         found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -143,13 +153,13 @@ def _stages(answer: Answer, runtime: str, build: str, number: int, order: int, e
     ]
 
 
-def _open(bundle: Path, builds: Sequence[Build]) -> dict[str, Runtime]:
+def _open(bundle: Bundle, builds: Sequence[Build], n_threads: int | None) -> dict[str, Runtime]:
     from tinyllava_edge.runtimes.edge import open_edge
 
     runtimes: dict[str, Runtime] = {}
     try:
         for build in builds:
-            runtimes[build.name] = open_edge(bundle, build.name, allow_unverified=True)
+            runtimes[build.name] = open_edge(bundle, build.name, n_threads=n_threads, allow_unverified=True)
     except BaseException:
         for runtime in runtimes.values():
             runtime.close()

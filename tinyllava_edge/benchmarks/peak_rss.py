@@ -1,6 +1,6 @@
 """Memory of one build in a process of its own.
 
-    python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION
+    python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION [THREADS]
 
 Prints one JSON object in bytes. GGUF files are mapped, so the resident set counts weights that the system may drop and
 read again; `anon` (taken after the answer) is what it can't drop.
@@ -27,14 +27,14 @@ def status() -> dict[str, int]:
     return {parts[0].rstrip(":"): int(parts[1]) * 1024 for parts in lines if parts and parts[0] in wanted}
 
 
-def measure(bundle: str, build: str, image: str, question: str, max_tokens: int = 16) -> dict[str, int]:
+def measure(bundle: str, build: str, image: str, question: str, n_threads: int | None = None) -> dict[str, int]:
     """Open a build, answer once, and report memory in bytes."""
     from tinyllava_edge.runtimes.edge import open_edge
 
-    runtime = open_edge(Path(bundle), build, allow_unverified=True)
+    runtime = open_edge(Path(bundle), build, n_threads=n_threads, allow_unverified=True)
     try:
         loaded = status()
-        runtime.answer(image, question, max_tokens=max_tokens)
+        runtime.answer(image, question, max_tokens=16)
         done = status()
     finally:
         runtime.close()
@@ -46,6 +46,7 @@ def measure(bundle: str, build: str, image: str, question: str, max_tokens: int 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit("usage: python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION")
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4])))
+    if len(sys.argv) not in (5, 6):
+        sys.exit("usage: python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION [THREADS]")
+    threads = int(sys.argv[5]) if len(sys.argv) == 6 else None
+    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], threads)))

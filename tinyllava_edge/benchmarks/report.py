@@ -14,7 +14,15 @@ from tinyllava_edge import __version__
 from tinyllava_edge.benchmarks import report_formats as formats
 from tinyllava_edge.benchmarks import report_plots
 from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
-from tinyllava_edge.benchmarks.summary import ALLOWED_LOSS, STAGES, BuildSummary, Summary, answer_records, summarise
+from tinyllava_edge.benchmarks.summary import (
+    ALLOWED_LOSS,
+    STAGES,
+    BuildSummary,
+    Summary,
+    answer_records,
+    headline,
+    summarise,
+)
 from tinyllava_edge.benchmarks.tasks import PICTURE, accuracy, accuracy_by
 from tinyllava_edge.errors import DataError, ImageError
 from tinyllava_edge.files import write_text
@@ -118,7 +126,7 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
             waterfall=waterfall(summary.builds),
             stage_names=STAGE_NAMES,
             groups=groups(summary),
-            blind=accuracy(summary.blind) if summary.blind else None,
+            blind=accuracy(headline(summary.blind)) if summary.blind else None,
             gallery=gallery(samples, summary, images),
             max_flips=MAX_FLIPS,
             parity=[{"name": build.build, "record": build.verify} for build in summary.builds if build.verify],
@@ -172,8 +180,9 @@ def gallery(samples: Sequence[Sample], summary: Summary, images: Path | None) ->
         if build.flips is None:
             continue
         after = {r.id: r for r in answer_records(samples, "edge", build.build, PICTURE)}
-        shown = [(name, True) for name in build.flips.correct_to_wrong[:MAX_FLIPS]]
-        shown += [(name, False) for name in build.flips.wrong_to_correct[:MAX_FLIPS]]
+        both = [build.flips, *([build.tier_flips] if build.tier_flips else [])]
+        shown = [(name, True) for part in both for name in part.correct_to_wrong[:MAX_FLIPS]]
+        shown += [(name, False) for part in both for name in part.wrong_to_correct[:MAX_FLIPS]]
         flips = [_flip(before[name], after[name], worse, images, thumbnails) for name, worse in shown]
         found.append({"build": build, "flips": flips})
     return found

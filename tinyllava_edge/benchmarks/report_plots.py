@@ -183,11 +183,8 @@ def _draw(axes: Any, plot: Plot, theme: Mapping[str, str]) -> None:
 
 def _frame(axes: Any, plot: Plot, theme: Mapping[str, str]) -> None:
     """Axes, grid, the reference's accuracy and the band that a build may fall into."""
-    costs = [p.x.estimate for p in plot.points]
-    if max(costs) > 8 * min(costs) > 0:
-        axes.set_xscale("log")
-    else:
-        axes.margins(x=0.18)
+    axes.margins(x=0.18)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_facecolor("none")
     axes.set_xlabel(plot.x_label, color=theme["ink"], size=9.5)
     axes.set_ylabel("accuracy, %", color=theme["ink"], size=9.5)

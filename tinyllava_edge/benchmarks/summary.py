@@ -55,7 +55,9 @@ class BuildSummary:
     verify: Mapping[str, Any]
     """the verify record"""
     flips: Flips | None
-    """against the reference"""
+    """against the reference, over the questions that the accuracy counts"""
+    tier_flips: Flips | None
+    """against the reference, over the questions with a tier, where those are counted apart"""
 
     @property
     def label(self) -> str:
@@ -122,6 +124,20 @@ def answer_records(samples: Iterable[Sample], runtime: str, build: str, stage: s
     return [AnswerRecord.from_sample(sample) for sample in chosen]
 
 
+def headline(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
+    """The answers that the accuracy counts: those without a tier, or all of them when each has one.
+
+    Tiers grade questions from easy to out of reach, so their mean says little; each is shown by itself.
+    """
+    return [record for record in records if not record.tier] or list(records)
+
+
+def apart(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
+    """The answers that `headline` leaves out."""
+    tiered = [record for record in records if record.tier]
+    return tiered if len(tiered) < len(records) else []
+
+
 def decide(builds: Sequence[BuildSummary], reference: BuildSummary | None) -> Decision:
     """The smallest build that is verified and loses at most ALLOWED_LOSS points; equal sizes go to the faster one."""
     rejected = {summary.build: reason for summary in builds if (reason := _objection(summary, reference))}
@@ -136,6 +152,7 @@ def decide(builds: Sequence[BuildSummary], reference: BuildSummary | None) -> De
 def _build(
     samples: Sequence[Sample], runtime: str, build: str, records: list[AnswerRecord], base: list[AnswerRecord]
 ) -> BuildSummary:
+    counted = headline(records)
     own = [s for s in samples if (s.runtime, s.build) == (runtime, build)]
     latency = _values(own, "latency")
     sizes = {stage: int(values[-1]) for stage, values in _values(own, "size").items()}
@@ -146,9 +163,9 @@ def _build(
         build=build,
         bytes=sizes.get("total"),
         sizes={stage: size for stage, size in sizes.items() if stage != "total"},
-        accuracy=accuracy(records) if records else None,
-        n=len(records),
-        by_type=accuracy_by(records, "question_type"),
+        accuracy=accuracy(counted) if counted else None,
+        n=len(counted),
+        by_type=accuracy_by(counted, "question_type"),
         by_tier=accuracy_by(records, "tier"),
         ttft=stats.median_interval(ttft) if ttft else None,
         ttft_p90=stats.p90(ttft) if ttft else None,
@@ -158,7 +175,8 @@ def _build(
         memory={stage: int(max(values)) for stage, values in _values(own, "memory").items()},
         verified=bool(verify["passed"]) if "passed" in verify else None,
         verify=verify,
-        flips=stats.flips(base, records) if base and records else None,
+        flips=stats.flips(headline(base), counted) if base and counted else None,
+        tier_flips=stats.flips(apart(base), apart(records)) if apart(base) and apart(records) else None,
     )
 
 
@@ -201,10 +219,11 @@ def _reasons(best: BuildSummary, fit: Sequence[BuildSummary], reference: BuildSu
     if best.flips and reference and reference.accuracy and best.accuracy:
         gap = best.flips.difference
         verdict = "a difference" if best.flips.p_value < 1 - stats.LEVEL else "not distinguishable"
+        change, low, high = (formats.points(value) for value in (gap.estimate, gap.low, gap.high))
         reasons.append(
             f"It answers {formats.percent(best.accuracy)} of {best.n:,} questions right, the reference "
-            f"{formats.percent(reference.accuracy)}: {formats.points(gap.estimate)} points (95 % interval "
-            f"{formats.points(gap.low)} to {formats.points(gap.high)}), {verdict} by the exact McNemar test (p = {best.flips.p_value:.2g})."
+            f"{formats.percent(reference.accuracy)}: {change} points (95 % interval {low} to {high}), "
+            f"{verdict} by the exact McNemar test (p = {best.flips.p_value:.2g})."
         )
     timed = [summary for summary in fit if summary.ttft]
     fastest = min(timed, key=lambda summary: summary.ttft.estimate) if timed else None  # type: ignore[union-attr]

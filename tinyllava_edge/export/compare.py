@@ -58,8 +58,8 @@ class Check:
 class Difference:
     """Running differences between arrays (rows, width) and their references."""
 
-    def __init__(self, tie: float = 0.0) -> None:
-        self._tie = tie
+    def __init__(self, limit: Tolerance | None = None) -> None:
+        self._limit = limit or Tolerance()
         self.max_abs = self.relative = self._sum = 0.0
         self.cosine = 1.0
         self.worst = ""
@@ -86,13 +86,16 @@ class Difference:
         self._values += difference.size
 
     def add_logits(self, name: str, ours: Floats, theirs: Floats) -> None:
-        """Compare logits (vocab,), and whether both prefer the same token, or two that the reference holds tied."""
+        """Compare logits (vocab,), and whether both prefer the same token, or two that the reference holds tied: closer
+        than twice the error that the limit allows one logit."""
         self._logits = True
         if ours.shape == theirs.shape:
             a, b = ours - ours.mean(), theirs - theirs.mean()
             self.add(name, a[None], b[None])
             mine, other = int(a.argmax()), int(b.argmax())
-            self._agree += float(b[other] - b[mine]) <= self._tie
+            size = float(np.sqrt(np.mean(b.astype(np.float64) ** 2)))
+            tie = 2 * (self._limit.max_abs or (self._limit.relative or 0.0) * size)
+            self._agree += float(b[other] - b[mine]) <= tie
         else:
             self.add(name, ours, theirs)
 

@@ -19,6 +19,7 @@ from ..errors import ExportError
 from ..files import new_file
 from ..prompt import get_template
 from .chat_template import chat_template
+from .storage import is_full, no_space
 from .tokenizer import check_tokenizer, read_vocabulary, write_vocabulary
 
 Progress = Callable[[str], None]
@@ -81,6 +82,7 @@ def export_llm(
 
     Raises:
         ExportError: an architecture, activation, rope or tokenizer without a GGUF form; a weight that is not finite.
+        StorageError: the disk is full.
     """
     config = checkpoint.model.config.text_config
     architecture = _architecture(config)
@@ -101,6 +103,10 @@ def export_llm(
                     chat_template(template, checkpoint.tokenizer.bos_token if vocabulary.add_bos else "")
                 )
             _write_tensors(writer, checkpoint, architecture, dtype, progress)
+        except OSError as error:
+            if error.errno is None and is_full(target):  # numpy's own words for a short write
+                raise no_space(target) from error
+            raise
         finally:
             writer.close()
         check_tokenizer(temporary, checkpoint.tokenizer)

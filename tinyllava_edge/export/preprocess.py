@@ -2,7 +2,8 @@
 
 Equal to the Hugging Face processors on Pillow (SiglipImageProcessorPil, CLIPImageProcessorPil). Three facts carry that:
 Resize runs on uint8, so each pass rounds and clamps to 0..255 as Pillow's does; there is one Resize per axis, because
-Pillow resamples one axis after the other; and the order of the axes follows Pillow's rule (ImagingResample, Pillow 13).
+Pillow resamples one axis after the other; and the order of the axes follows Pillow 13's rule (ImagingResample). Older
+Pillow runs the horizontal pass first for nearly every picture, which moves tall ones by a few levels of 255.
 """
 
 from __future__ import annotations

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from pathlib import Path
 
 import gguf
 
-from ..errors import ExportError, StorageError, UsageError
+from ..errors import ExportError, UsageError
 from ..files import new_file
-from .llm import FLOAT_TYPES, tensor_types
+from .llm import tensor_types
 from .native_log import captured
+from .storage import is_full, no_space
 
 # Name → llama_ftype. Types that need an importance matrix are left out: without one llama.cpp refuses them.
 LLM_TYPES: dict[str, int] = {
@@ -36,7 +36,6 @@ LLM_TYPES: dict[str, int] = {
 # Blocks of 256 columns: where a matrix has other widths, llama.cpp takes a type of its own choice instead.
 _BLOCK = 256
 _K_TYPES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k")
-_SPARE_BYTES = 1 << 16  # less than this left on the disk explains a failed write
 
 
 def quantize_gguf(src: Path, dst: Path, llm_type: str, n_threads: int | None = None) -> dict[str, int]:
@@ -65,14 +64,13 @@ def quantize_gguf(src: Path, dst: Path, llm_type: str, n_threads: int | None = N
     parameters.nthread = n_threads or os.cpu_count() or 1
     with new_file(dst) as temporary, captured() as log:
         code = llama_cpp.llama_model_quantize(str(src).encode(), str(temporary).encode(), ctypes.byref(parameters))
-        free = shutil.disk_usage(dst.parent).free
         if code != 0:
-            if free < _SPARE_BYTES or "iostream" in log.reason():
-                raise StorageError(f"{dst}: no space left on the device", "free some space or choose another -o")
+            if is_full(dst) or "iostream" in log.reason():  # what a C++ stream says when a write fails
+                raise no_space(dst)
             raise ExportError(
                 f"{dst}: llama.cpp can't quantise to {llm_type} ({log.reason()})", "try another --llm type"
             )
-        _check_whole(temporary, dst, free)
+        _check_whole(temporary, dst)
     return tensor_types(dst)
 
 
@@ -90,7 +88,7 @@ def fallbacks(path: Path, llm_type: str) -> dict[str, str]:
     }
 
 
-def _check_whole(written: Path, dst: Path, free: int) -> None:
+def _check_whole(written: Path, dst: Path) -> None:
     """A full disk may pass unnoticed in native code: the file must reach to the end of its last tensor."""
     try:
         tensors = gguf.GGUFReader(written).tensors
@@ -100,9 +98,6 @@ def _check_whole(written: Path, dst: Path, free: int) -> None:
     else:
         reason = "it ends inside a tensor"
     if written.stat().st_size < end:
-        if free < _SPARE_BYTES:
-            raise StorageError(f"{dst}: no space left on the device", "free some space or choose another -o")
+        if is_full(dst):
+            raise no_space(dst)
         raise ExportError(f"{dst}: llama.cpp left a damaged file ({reason})", "export again")
-
-
-__all__ = ["FLOAT_TYPES", "LLM_TYPES", "fallbacks", "quantize_gguf"]

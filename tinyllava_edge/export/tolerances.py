@@ -5,8 +5,9 @@
 Logits are centred first: adding a constant to all of them changes nothing.
 
 Floating-point limits are an order of magnitude above what correct exports measure, and one to three below what the
-known faults do (a swapped mean, a wrong feature layer, a post-norm left in). Quantised limits state what a useful build
-of that precision reaches; whether its answers are still right is for `eval` to say.
+known faults do (a swapped mean, a wrong feature layer, a post-norm left in). Quantised limits are four to eight times
+what trained nano models measure (relative error of the logits: q8_0 0.012, q6_k 0.025, q5_k_m 0.032, q4_k_m 0.030, q4_0
+0.037), so that other models fit and a wrong block does not; whether the answers are still right is for `eval` to say.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Tolerance:
     """lowest cosine of any row"""
     share: float | None = None
     """pixels: smallest share of values within one grey level; ids and answers: smallest share of equal samples;
-    logits: smallest share of samples with the same most likely token (two closer than 2 max_abs are tied)"""
+    logits: smallest share of samples with the same most likely token, ties included (see Difference.add_logits)"""
     reason: str = ""
     """why these limits"""
 
@@ -46,9 +47,9 @@ FEATURES: dict[str, Tolerance] = {
         relative=1e-2, cosine=0.9995, reason="10-bit mantissa, about 5e-4 a value, adding up over layers"
     ),
     "int8": Tolerance(
-        relative=0.35, cosine=0.90, reason="dynamic 8-bit activations and weights in every matrix product"
+        relative=0.2, cosine=0.98, reason="dynamic 8-bit weights and activations; 0.02 and 0.9995 measured"
     ),
-    "int4": Tolerance(relative=0.6, cosine=0.75, reason="4-bit weights in blocks, float activations"),
+    "int4": Tolerance(relative=0.4, cosine=0.92, reason="4-bit weights in blocks, float activations"),
 }
 EMBEDS: dict[str, Tolerance] = FEATURES  # the connector is two more matrix products of the same precision
 
@@ -57,17 +58,17 @@ LOGITS: dict[str, Tolerance] = {
     "f16": Tolerance(max_abs=0.05, share=1.0, reason="float16 weights and key-value cache"),
     "bf16": Tolerance(relative=0.05, cosine=0.998, share=0.95, reason="7-bit mantissa"),
     "q8_0": Tolerance(relative=0.05, cosine=0.998, share=0.95, reason="8-bit blocks of 32 with a float16 scale"),
-    "q6_k": Tolerance(relative=0.10, cosine=0.99, share=0.9, reason="6-bit blocks"),
-    "q5_k_m": Tolerance(relative=0.2, cosine=0.98, share=0.85, reason="5-bit blocks"),
-    "q5_k_s": Tolerance(relative=0.2, cosine=0.98, share=0.85, reason="5-bit blocks"),
-    "q5_0": Tolerance(relative=0.2, cosine=0.98, share=0.85, reason="5-bit blocks"),
-    "q4_k_m": Tolerance(relative=0.35, cosine=0.93, share=0.75, reason="4-bit blocks, 6 bits where it matters"),
-    "q4_k_s": Tolerance(relative=0.35, cosine=0.93, share=0.75, reason="4-bit blocks"),
-    "q4_0": Tolerance(relative=0.35, cosine=0.93, share=0.75, reason="4-bit blocks"),
-    "iq4_xs": Tolerance(relative=0.35, cosine=0.93, share=0.75, reason="4-bit blocks with a fixed code book"),
-    "iq4_nl": Tolerance(relative=0.35, cosine=0.93, share=0.75, reason="4-bit blocks with a fixed code book"),
-    "q3_k_m": Tolerance(relative=0.6, cosine=0.8, share=0.5, reason="3-bit blocks"),
-    "q2_k": Tolerance(relative=0.9, cosine=0.6, share=0.3, reason="2-bit blocks: rarely of use on small models"),
+    "q6_k": Tolerance(relative=0.1, cosine=0.99, share=0.95, reason="6-bit blocks"),
+    "q5_k_m": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks, 6 bits where it matters"),
+    "q5_k_s": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks"),
+    "q5_0": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks"),
+    "q4_k_m": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks, 6 bits where it matters"),
+    "q4_k_s": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
+    "q4_0": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
+    "iq4_xs": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks with a fixed code book"),
+    "iq4_nl": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks with a fixed code book"),
+    "q3_k_m": Tolerance(relative=0.4, cosine=0.9, share=0.8, reason="3-bit blocks"),
+    "q2_k": Tolerance(relative=0.8, cosine=0.6, share=0.5, reason="2-bit blocks: rarely of use on small models"),
 }
 EXACT_VISION, EXACT_LLM = ("fp32",), ("f32", "f16")  # builds whose answers must equal the checkpoint's, ties aside
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import sys
 import tempfile
 import warnings
@@ -19,10 +18,11 @@ import onnx
 import torch
 from torch import nn
 
-from ..errors import ExportError, StorageError
+from ..errors import ExportError
 from ..files import new_file
 from ..spec import ModelSpec
 from . import onnx_io
+from .storage import is_full, no_space
 
 OPSET = 20  # the first with a native Gelu, tanh form included
 IR_VERSION = 10
@@ -149,10 +149,8 @@ def quantize_vision_int8(src: Path, dst: Path) -> dict[str, int]:
                 link, temporary, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
             )
         except DecodeError as error:  # that copy is written without a look at the disk, then read back
-            if shutil.disk_usage(dst.parent).free < src.stat().st_size:
-                raise StorageError(
-                    f"{dst}: no space left on the device", "free some space or choose another -o"
-                ) from error
+            if is_full(dst, needed=src.stat().st_size):
+                raise no_space(dst) from error
             raise ExportError(f"{src}: not a valid graph ({error})", "export again") from error
     types = onnx_io.tensor_types(dst)
     if not types.get("int8"):

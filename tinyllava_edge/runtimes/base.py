@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,6 +104,12 @@ class Runtime(Protocol):
 
     def answer_many(self, image: Picture, questions: Sequence[str], *, max_tokens: int = 16) -> list[Answer]:
         """Independent greedy answers to several questions on one picture; the shared prefix is computed once."""
+        ...
+
+    def answer_pictures(
+        self, items: Iterable[tuple[Picture, Sequence[str]]], *, max_tokens: int = 16
+    ) -> Iterator[list[Answer]]:
+        """`answer_many` for picture after picture, in order; a runtime may compute several pictures together."""
         ...
 
     def probe(self, image: Picture, question: str, *, max_tokens: int = 16) -> Probe:

@@ -7,6 +7,7 @@ looked for here, in plain Python, on a read-only map of the file; weights are ne
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -152,6 +153,10 @@ def _check_pairs(pairs: dict[str, Any]) -> None:
     rotated = _number(pairs, f"{architecture}.rope.dimension_count", 2, side, side)
     if width % heads or heads % groups or side % 2 or rotated % 2:
         raise _Damaged(f"width {width}, {heads} heads, {groups} key heads and {rotated} rotated channels don't divide")
+    for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base"):
+        value = pairs.get(f"{architecture}.{key}", 1.0)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise _Damaged(f"{architecture}.{key} is {value!r}")
     tokens = pairs.get("tokenizer.ggml.tokens")
     if _text(pairs, "tokenizer.ggml.model") in ("none", "no_vocab") or not isinstance(tokens, list) or not tokens:
         raise _Damaged("no vocabulary")

@@ -80,6 +80,7 @@ class StageTrainer(Trainer):
             callbacks=[watch, _NewOrder(self.order)],
         )
         self.remove_callback(PrinterCallback)  # it writes to stdout
+        self.trained = {f"model.{name}" for name in objective.trainable()}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self.order
@@ -90,7 +91,8 @@ class StageTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"model.{name}": p.detach().cpu().contiguous() for name, p in self.model.trainable().items()}
+        whole = self.model.state_dict() if state_dict is None else state_dict
+        tensors = {name: whole[name].detach().cpu().contiguous() for name in sorted(self.trained)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -102,7 +104,7 @@ class StageTrainer(Trainer):
                 write_json(folder / WHOLE, {"step": self.state.global_step, "bytes": sizes})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        lost = set(load_result.missing_keys) & {f"model.{name}" for name in self.model.trainable()}
+        lost = set(load_result.missing_keys) & self.trained
         if lost or load_result.unexpected_keys:
             raise CheckpointError(
                 f"{self.args.output_dir}: state lacks {sorted(lost)[:3]}, holds {load_result.unexpected_keys[:3]}",

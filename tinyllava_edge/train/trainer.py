@@ -7,6 +7,7 @@ States are saved in `{out}.work` while it trains; the same call goes on from the
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import TrainingArguments
 
 from .. import __version__
 from .. import checkpoint as checkpoints
@@ -125,9 +127,11 @@ def train(
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = checkpoints.load(checkpoint)
-    start.model.to(device)
+    work = work_directory(out)
+    settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers)
+    start.model.to(settings.device)
+    progress = progress and settings.should_save  # of several processes, one talks and writes
     meter = Meter(progress)
     prepared = prepare(
         start, stage, data, images, max_bad=max_bad, cache_bytes=cache_bytes,
@@ -135,14 +139,17 @@ def train(
     )  # fmt: skip
     source_sha256 = sha256_tree(checkpoint)
     job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
-    work = work_directory(out)
-    state = open_work(work, job, resume)
+    with settings.main_process_first():
+        state = open_work(work, job, resume or not settings.should_save)
 
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, work, state, device, workers, watch)
+    trainer = _fit(start, stage, prepared, settings, state, watch)
     done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    scored = None if eval_data is None else score(start, stage, eval_data, images, cache_bytes=cache_bytes)
+    trained = _whole(trainer, start)
+    scored = None
+    if eval_data is not None and settings.should_save:
+        scored = score(trained, stage, eval_data, images, cache_bytes=cache_bytes)
     result = TrainResult(
         checkpoint=str(out),
         source=str(checkpoint),
@@ -163,8 +170,8 @@ def train(
         score=asdict(scored) if scored else None,
         versions={"tinyllava_edge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
-    if trainer.args.should_save:
-        _write(result, start, prepared, out, force)
+    if settings.should_save:
+        _write(result, trained, prepared, out, force)
         shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -173,10 +180,8 @@ def _fit(
     start: checkpoints.Checkpoint,
     stage: StageRecipe,
     prepared: StageData,
-    work: Path,
+    settings: TrainingArguments,
     state: Path | None,
-    device: str,
-    workers: int,
     watch: Watch,
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
@@ -185,7 +190,7 @@ def _fit(
     freeze(model, stage)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = StageTrainer(Objective(model), arguments(stage, work, device, workers), prepared, watch)
+    trainer = StageTrainer(Objective(model), settings, prepared, watch)
     try:
         with InterruptOnce(watch):
             trainer.train(resume_from_checkpoint=str(state) if state else None)
@@ -194,7 +199,7 @@ def _fit(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
         stopped = TinyLlavaEdgeError(
-            f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {work}",
+            f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {settings.output_dir}",
             "run the same command again to go on from there",
         )
         stopped.exit_code = 130
@@ -203,19 +208,28 @@ def _fit(
         raise TinyLlavaEdgeError(
             f"stage {stage.name}: the loss at step {step} is {watch.loss}", "lower learning_rate, or train in fp32"
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # parameters are spread over devices: gather them
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-        start.model.cpu().load_state_dict({name.removeprefix("model."): value for name, value in gathered.items()})
     return trainer
 
 
-def _write(result: TrainResult, start: checkpoints.Checkpoint, prepared: StageData, out: Path, force: bool) -> None:
+def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    """The trained model as one; where its parameters are spread over devices, the writing process gathers them."""
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return start
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.args.should_save:
+        return start
+    model = checkpoints.load(start.root).model
+    model.load_state_dict({name.removeprefix("model."): value for name, value in gathered.items()})
+    return dataclasses.replace(start, model=model)
+
+
+def _write(result: TrainResult, trained: checkpoints.Checkpoint, prepared: StageData, out: Path, force: bool) -> None:
     """The checkpoint, then what is said about it, beside it."""
+    model = trained.model.cpu().eval()
     if result.recipe["gradient_checkpointing"]:
-        start.model.gradient_checkpointing_disable()
-    for parameter in start.model.parameters():
-        parameter.requires_grad = True
-    checkpoints.save(start.model.cpu().eval(), start.tokenizer, start.spec, out, force=force)
+        model.gradient_checkpointing_disable()
+    model.requires_grad_(True)
+    checkpoints.save(model, trained.tokenizer, trained.spec, out, force=force)
     if prepared.bad:
         write_bad_rows(out.parent / f"{out.name}.{BAD_ROWS_FILE}", prepared.bad)
     write_json(out.parent / f"{out.name}.train.json", asdict(result))

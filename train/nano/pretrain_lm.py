@@ -25,6 +25,8 @@ from tinyllava_edge.data.scene_text import TIERS
 from tinyllava_edge.data.scenes import scene_seed
 
 KINDS = (*TIERS, "caption")
+MIDDLE = 2  # layers below the truth head
+LEVEL_ENDS = (0.1, 0.35, 1.0)  # share of the run at which each level ends
 WINDOW = 8  # steps
 NOISE = 0.3  # of an embedding's own spread, on grid cells
 
@@ -54,18 +56,33 @@ def embed(lm: LlamaForCausalLM, batch: dict[str, Tensor], noise: float) -> Tenso
     return vectors
 
 
-def answers(lm: LlamaForCausalLM, batch: dict[str, Tensor], noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (N, 1024), targets (N,) and flat indices (N,) of the places with a loss weight."""
-    vectors = embed(lm, batch, noise)
-    hidden = lm.model(
-        inputs_embeds=vectors,
+class Pupil(nn.Module):
+    """The LM, and a head that asks, halfway up, whether a question's colour or shape word is true of the scene.
+
+    The head is dropped afterwards. Without it, yes/no questions stay at chance for thousands of steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm = new_lm()
+        self.truth = nn.Linear(self.lm.config.hidden_size, 1)
+
+
+def answers(
+    lm: LlamaForCausalLM, batch: dict[str, Tensor], noise: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits (N, 1024), targets (N,), flat indices (N,) of the places with a loss weight; middle states (B, T, 256)."""
+    out = lm.model(
+        inputs_embeds=embed(lm, batch, noise),
         attention_mask=visible(batch["groups"]),
         position_ids=batch["positions"],
         use_cache=False,
-    ).last_hidden_state
+        output_hidden_states=True,
+    )
     # A place is predicted from the one before it; a turn without a question starts from the prefix's last place.
     place = batch["weights"].flatten().nonzero().squeeze(1)
-    return lm.lm_head(hidden.flatten(0, 1)[place - 1]), batch["words"][..., 0].flatten()[place], place
+    logits = lm.lm_head(out.last_hidden_state.flatten(0, 1)[place - 1])
+    return logits, batch["words"][..., 0].flatten()[place], place, out.hidden_states[MIDDLE]
 
 
 def pick(examples: list[Example], seed: int, step: int, size: int) -> list[Example]:
@@ -84,10 +101,10 @@ def probe(lm: LlamaForCausalLM, tokenizer: Path, count: int = 1000) -> dict[str,
     reader, out = Reader(Tokenizer.from_file(str(tokenizer))), {}
     for mode in ("text", "grid"):
         hits: dict[str, list[bool]] = {}
-        examples = [reader.example(scene_seed("eval", 1, i), KINDS, mode) for i in range(count)]
+        examples = [reader.example(scene_seed("eval", 1, i), KINDS, mode=mode) for i in range(count)]
         for start in range(0, count, 50):
             batch = collate(examples[start : start + 50])
-            logits, targets, place = answers(lm, batch)
+            logits, targets, place, _ = answers(lm, batch)
             right = torch.ones(batch["weights"].numel(), dtype=torch.bool)
             right[place] = logits.argmax(-1) == targets
             right = right.view_as(batch["groups"])
@@ -126,36 +143,50 @@ def main() -> None:
     torch.manual_seed(args.seed)
     first = scene_seed("train", args.seed, 0)
     tokenizer = args.out / "tokenizer.json"
-    examples = read_many(str(tokenizer), KINDS, range(first, first + args.scenes), args.threads)
-    print(f"{len(examples)} described scenes ready", flush=True)
-    lm = new_lm()
-    optimizer, clock = optimizer_for(lm), Clock(args.steps, args.minutes)
-    if args.state and load_state(args.state, lm, optimizer, clock):
+    levels = []
+    for level, count in enumerate((args.scenes // 6, args.scenes // 3, args.scenes)):
+        seeds = range(first + level * args.scenes, first + level * args.scenes + count)
+        levels.append(read_many(str(tokenizer), KINDS, level, seeds, args.threads))
+    print(f"{' + '.join(str(len(e)) for e in levels)} described scenes ready", flush=True)
+    pupil = Pupil()
+    lm = pupil.lm
+    optimizer, clock = optimizer_for(pupil), Clock(args.steps, args.minutes)
+    if args.state and load_state(args.state, pupil, optimizer, clock):
         print(f"resumed at step {clock.step}", flush=True)
-    saved, smooth = clock.elapsed, 0.0
+    saved, smooth, right = clock.elapsed, 0.0, dict[int, float]()
     while clock.progress < 1:
-        batch = collate(pick(examples, args.seed, clock.step, args.batch))
+        level = next(k for k, end in enumerate(LEVEL_ENDS) if clock.progress < end)
+        batch = collate(pick(levels[level], args.seed, clock.step, args.batch))
         set_rate(optimizer, clock.rate(args.lr))
+        asks = batch["truths"] >= 0
         with torch.autocast("cpu", torch.bfloat16):
-            logits, targets, place = answers(lm, batch, NOISE)
+            logits, targets, place, middle = answers(lm, batch, NOISE)
+            believed = pupil.truth(middle[asks]).squeeze(-1)
         weights = batch["weights"].flatten()[place]
         each = F.cross_entropy(logits.float(), targets, reduction="none")
         asked = weights == 1
         loss = (each * weights).sum() / weights[asked].sum()
+        if len(believed):
+            loss = loss + 0.3 * F.binary_cross_entropy_with_logits(believed.float(), batch["truths"][asks].float())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         optimizer.step()
         clock.step += 1
         told = each[asked].mean().item()
-        smooth = told if clock.step == 1 else 0.98 * smooth + 0.02 * told
+        smooth = told if clock.step == 1 else 0.95 * smooth + 0.05 * told
+        tiers, hits = batch["tiers"].flatten()[place], (logits.argmax(-1) == targets).float()
+        for k in tiers[(tiers >= 0) & (targets != 2)].unique().tolist():
+            now = hits[(tiers == k) & (targets != 2)].mean().item()
+            right[k] = 0.95 * right.get(k, now) + 0.05 * now
         if clock.step % 50 == 0:
-            print(clock.line(smooth, args.batch, "scenes"), flush=True)
+            tops = " ".join(f"{KINDS[k]} {100 * v:.0f}" for k, v in sorted(right.items()))
+            print(f"{clock.line(smooth, args.batch, 'scenes')}  level {level}: {tops}", flush=True)
         if clock.elapsed - saved > SAVE_EVERY:
             saved = clock.elapsed
             save_lm(lm, args.out)
             if args.state:
-                save_state(args.state, lm, optimizer, clock)
+                save_state(args.state, pupil, optimizer, clock)
     kept, trained = save_lm(lm, args.out), clock.elapsed
     report = {
         "seed": args.seed, "steps": clock.step, "batch": args.batch, "minutes": trained / 60,

@@ -1,0 +1,70 @@
+"""results.jsonl: round trip, and refusal of everything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, read_results, to_line, write_results
+from tinyllava_edge.errors import DataError
+
+SAMPLE = Sample("latency", "edge", "fp32+f16", "ttft_ms", 12.5, "ms", 3, "e1", detail={"order": 1})
+
+
+def test_round_trip(samples: list[Sample], tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write_results(path, samples)
+    assert read_results([path]) == samples
+    assert all(json.loads(line)["schema"] == 1 for line in path.read_text(encoding="utf-8").splitlines())
+    assert len(read_results([path, path])) == 2 * len(samples)
+
+
+def test_answer_record_survives(tmp_path: Path) -> None:
+    record = AnswerRecord("q1", "a.png", "wo?\n<b>", "Köln", " köln ", "city", "hard")
+    assert record.correct
+    path = tmp_path / "r.jsonl"
+    write_results(path, [record.to_sample("edge", "fp32+f16", "picture", 0, "e1")])
+    (sample,) = read_results([path])
+    assert sample.value == 1.0
+    assert AnswerRecord.from_sample(sample) == record
+    with pytest.raises(DataError, match="lacks"):
+        AnswerRecord.from_sample(Sample("answer", detail={"id": "1"}))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{not json}", "not valid JSON"),
+        ("[1, 2]", "not a result"),
+        (to_line(SAMPLE).replace('"schema": 1', '"schema": 2'), "not a result"),
+        (to_line(SAMPLE).replace('"latency"', '"gossip"'), "not a result"),
+        (to_line(SAMPLE).replace('"unit"', '"units"'), "keys differ"),
+        (to_line(SAMPLE).replace("12.5", '"12.5"'), "wrong type"),
+        (to_line(SAMPLE).replace("12.5", "true"), "wrong type"),
+        (to_line(SAMPLE).replace('"sample": 3', '"sample": 3.5'), "wrong type"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_other_lines_are_refused_by_number(line: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(to_line(SAMPLE) + line.rstrip("\n") + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=says) as caught:
+        read_results([path])
+    assert f"{path}:2" in caught.value.message
+
+
+def test_missing_file_and_cut_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be read"):
+        read_results([tmp_path / "none.jsonl"])
+    path = tmp_path / "r.jsonl"
+    path.write_text(to_line(SAMPLE) + to_line(SAMPLE)[:40], encoding="utf-8")
+    assert read_results([path], tolerate_cut=True) == [SAMPLE]
+    with pytest.raises(DataError):
+        read_results([path])
+
+
+def test_numbers_that_json_lacks_are_not_written() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        to_line(Sample("latency", value=float("nan")))
