@@ -24,7 +24,7 @@ def call(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]
 
 def test_help_imports_nothing_heavy() -> None:
     """`--help` must not load what takes seconds; best of five on a noisy machine stays under 0.4 s."""
-    heavy = "torch transformers onnx onnxruntime llama_cpp numpy PIL matplotlib plotly".split()
+    heavy = ["torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "numpy", "PIL", "matplotlib", "plotly"]
     code = (
         "import sys\nfrom tinyllava_edge.cli import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"

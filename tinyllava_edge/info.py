@@ -18,7 +18,7 @@ PACKAGES = {
     "device": ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "llama-cpp-python"),
     "train": ("torch", "transformers", "accelerate", "safetensors", "easy-vqa"),
     "export": ("onnx", "onnxscript", "gguf"),
-    "report": ("plotly", "matplotlib"),
+    "report": ("matplotlib",),
 }
 
 

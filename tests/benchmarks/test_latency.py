@@ -58,7 +58,9 @@ def test_memory_is_the_childs_own(tiny_bundle: Path, pictures: Path, measured: l
     """A parent that holds 600 MB must not show in the child's peak, as ru_maxrss would after exec."""
     ballast = bytearray(600 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    found = {s.stage: s.value for s in peak_memory(tiny_bundle, BUILDS[0], pictures / "test-0.png", "what?")}
+    found = {
+        s.stage: s.value for s in peak_memory(tiny_bundle, BUILDS[0], pictures / "test-0.png", "what?", n_threads=1)
+    }
     assert found["peak_rss"] and found["peak_rss"] < 550 << 20
     assert found["after_load"] <= found["peak_rss"] and found["anon"] <= found["peak_rss"]  # type: ignore[operator]
     del ballast
@@ -113,5 +115,7 @@ def test_environment_identity_ignores_the_minute_and_nothing_else() -> None:
 
 
 def test_ceilings_are_plausible() -> None:
-    found = ceilings(repetitions=1)
-    assert 0.1 < found["copy_gb_per_s"] < 2000 and 0.1 < found["gemm_f32_gflop_per_s"] < 1e5
+    found = ceilings()
+    assert (
+        0.01 < found["copy_gb_per_s"] < 5000 and 0.01 < found["gemm_f32_gflop_per_s"] < 1e6
+    )  # any machine, even a starved one

@@ -81,6 +81,15 @@ def test_equal_sizes_go_to_the_faster_build(samples: list[Sample]) -> None:
     assert summarise(slow).decision.build == "int8+f16"
 
 
+def test_a_model_that_hardly_sees_is_called_out(samples: list[Sample]) -> None:
+    assert not any("Beware" in reason for reason in summarise(samples).decision.reasons)
+    seen = {
+        s.detail["id"]: s for s in samples if s.kind == "answer" and s.runtime == "reference" and s.stage == "picture"
+    }
+    blind = [replace(seen[s.detail["id"]], stage="blind") if s.stage == "blind" else s for s in samples]
+    assert any("Beware" in reason and "96.0 %" in reason for reason in summarise(blind).decision.reasons)
+
+
 def test_scatter_is_flagged(samples: list[Sample]) -> None:
     wild = [
         replace(s, value=(s.value or 0) * (1 + s.sample % 3)) if s.stage == "ttft_ms" and s.build == "fp32+f16" else s

@@ -57,11 +57,10 @@ def test_stage_1_changes_the_connector_alone_and_says_what_it_did(
     assert checkpoints.load(out).spec == checkpoints.load_spec(tiny_checkpoint)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stage_2_learns_a_small_set_by_heart_and_leaves_the_tower(
-    precision: str, tiny_checkpoint: Path, files: Files, tmp_path: Path
+    tiny_checkpoint: Path, files: Files, tmp_path: Path
 ) -> None:
-    stage = override(ANSWERS, {"epochs": 12, "precision": precision, "learning_rate": 2e-3})
+    stage = override(ANSWERS, {"epochs": 10, "learning_rate": 2e-3})
     result = run(tiny_checkpoint, stage, files.qa, files, tmp_path / "two", eval_data=files.qa)
     assert result.losses[0] > 5 and result.final_loss < 0.6
     assert result.score is not None and result.score["rows"] == 20
@@ -70,6 +69,15 @@ def test_stage_2_learns_a_small_set_by_heart_and_leaves_the_tower(
     for name in before:
         same = torch.equal(before[name], after[name])
         assert same == ("vision_tower" in name), name
+
+
+def test_bf16_follows_fp32(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path, uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]]
+) -> None:
+    """bf16 keeps 8 bits: 3 % on the first losses of a random model, which are about 8 nats."""
+    result = run(tiny_checkpoint, override(LONG, {"precision": "bf16", "epochs": 1}), files.qa, files, tmp_path / "run")
+    assert result.losses[:2] != uninterrupted[0].losses[:2]
+    assert result.losses[:2] == pytest.approx(uninterrupted[0].losses[:2], rel=0.03)
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(
@@ -92,7 +100,7 @@ def test_accumulated_micro_batches_are_the_batch(tiny_checkpoint: Path, files: F
     assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
 
 
-LONG = override(ANSWERS, {"epochs": 15})  # 4 steps an epoch, 60 in all, states after 5, 10 …
+LONG = override(ANSWERS, {"epochs": 7})  # 4 steps an epoch, 28 in all, states after 5, 10 …
 KILLED = """
 import json, sys
 from pathlib import Path
@@ -143,7 +151,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_state(
     assert child.returncode == -signal.SIGKILL and not out.exists()
     # a state that was being written when the power went, and one that lost its tail
     newest = max(work.glob(f"checkpoint-*/{WHOLE}"), key=lambda p: p.stat().st_mtime).parent
-    for step, spoil in ((58, "unmarked"), (59, "cut")):
+    for step, spoil in ((26, "unmarked"), (27, "cut")):
         state = work / f"checkpoint-{step}"
         shutil.copytree(newest, state)
         if spoil == "unmarked":
@@ -151,7 +159,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_state(
         else:
             (state / "model.safetensors").write_bytes((state / "model.safetensors").read_bytes()[:-1000])
     result = run(tiny_checkpoint, LONG, files.qa, files, out)
-    assert result.resumed_from < 58
+    assert result.resumed_from < 26
     same_end(result, out, uninterrupted)
 
 
@@ -173,7 +181,7 @@ def test_ctrl_c_saves_the_step_and_the_same_call_goes_on(
     monkeypatch.setattr(StageData, "batch", batch)
     with pytest.raises(TinyLlavaEdgeError, match="interrupted at step") as stopped:
         run(tiny_checkpoint, LONG, files.qa, files, out)
-    assert stopped.value.exit_code == 130 and "again" in stopped.value.hint and not out.exists()
+    assert stopped.value.exit_code == 1 and "again" in stopped.value.hint and not out.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     result = run(tiny_checkpoint, LONG, files.qa, files, out)
     assert 5 < result.resumed_from <= 9

@@ -208,7 +208,7 @@ def _label(axes: Any, points: Sequence[Point], theme: Mapping[str, str]) -> None
     for number, point in enumerate(sorted(points, key=lambda p: p.x.estimate)):
         below = number % 2 == 0
         axes.annotate(
-            point.label,
+            _short(point.label),
             (point.x.estimate, point.y.estimate),
             textcoords="offset points",
             xytext=(7, -13 if below else 8),
@@ -226,10 +226,11 @@ def _legend(figure: Any, plot: Plot) -> None:
 
     key = Key.of(plot)
     handles = [
-        Line2D([], [], ls="", marker="o", ms=6, color=PAPER[name], label=llm) for llm, name in key.colors.items()
+        Line2D([], [], ls="", marker="o", ms=6, color=PAPER[name], label=_short(llm))
+        for llm, name in key.colors.items()
     ]
     handles += [
-        Line2D([], [], ls="", marker=marker, ms=6, mfc="none", mec=PAPER["soft"], label=f"{vision} vision")
+        Line2D([], [], ls="", marker=marker, ms=6, mfc="none", mec=PAPER["soft"], label=f"{_short(vision)} vision")
         for vision, marker in key.markers.items()
     ]
     ring = Line2D([], [], ls="", marker="o", ms=11, mfc="none", mec=PAPER["good"], label="ship this")
@@ -249,6 +250,11 @@ def _legend(figure: Any, plot: Plot) -> None:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _short(text: str) -> str:
+    """A name that can't push the axes out of the figure; the whole of it is in the mark's title."""
+    return text if len(text) <= 24 else text[:23] + "…"
 
 
 def _figure(width: float, height: float) -> Any:

@@ -114,7 +114,7 @@ def summarise(samples: Sequence[Sample]) -> Summary:
     builds = tuple(summary for key, summary in built.items() if key[0] == "edge")
     reference = built[references[0]] if references else None
     blind = next((found for key in references + keys if (found := answer_records(samples, *key, BLIND))), [])
-    return Summary(builds, reference, tuple(blind), decide(builds, reference))
+    return Summary(builds, reference, tuple(blind), decide(builds, reference, blind))
 
 
 def answer_records(samples: Iterable[Sample], runtime: str, build: str, stage: str) -> list[AnswerRecord]:
@@ -138,7 +138,9 @@ def apart(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     return tiered if len(tiered) < len(records) else []
 
 
-def decide(builds: Sequence[BuildSummary], reference: BuildSummary | None) -> Decision:
+def decide(
+    builds: Sequence[BuildSummary], reference: BuildSummary | None, blind: Sequence[AnswerRecord] = ()
+) -> Decision:
     """The smallest build that is verified and loses at most ALLOWED_LOSS points; equal sizes go to the faster one."""
     rejected = {summary.build: reason for summary in builds if (reason := _objection(summary, reference))}
     fit = [summary for summary in builds if summary.build not in rejected]
@@ -146,7 +148,13 @@ def decide(builds: Sequence[BuildSummary], reference: BuildSummary | None) -> De
         return Decision(None, ("No build is both verified and within the allowed loss.",), rejected)
     ttft = {summary.build: summary.ttft.estimate if summary.ttft else float("inf") for summary in fit}
     best = min(fit, key=lambda summary: (summary.bytes or 0, ttft[summary.build]))
-    return Decision(best.build, tuple(_reasons(best, fit, reference)), rejected)
+    reasons = _reasons(best, fit, reference)
+    if blind and reference and reference.accuracy and reference.accuracy.low <= accuracy(blind).high:
+        reasons.append(
+            f"Beware: with shuffled pictures the model answers {formats.percent(accuracy(blind))} right, so these "
+            "questions hardly show that it sees at all."
+        )
+    return Decision(best.build, tuple(reasons), rejected)
 
 
 def _build(

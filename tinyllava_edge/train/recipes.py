@@ -119,8 +119,9 @@ PRESETS: dict[str, Recipe] = {
                 "pretrain",
                 "pretrain",
                 "connector",
-                2e-3,
+                1e-3,
                 64,
+                epochs=2.0,
                 adam_beta2=0.98,
                 save_steps=200,
             ),
@@ -130,16 +131,15 @@ PRESETS: dict[str, Recipe] = {
                 "connector+llm",
                 1e-3,
                 24,
-                epochs=4.0,
-                weight_decay=0.05,
+                epochs=2.0,
                 adam_beta2=0.98,
-                max_turns=10,
+                max_turns=16,
                 save_steps=200,
             ),
         ),
         "base for models of a few million parameters and 64 x 64 pictures, on two CPU cores. The learning rate of "
         "stage 2 is 50 times the paper's: a small model bears it, and it has minutes instead of GPU days. The batch "
-        "of 24 pictures with up to 10 turns holds about 170 answers; the paper's holds 128 conversations.",
+        "of 24 pictures holds about 250 answers; the paper's holds 128 conversations.",
     ),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def train(
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
-        TinyLlavaEdgeError: interrupted (exit code 130; the hint says how to go on), or the loss is not finite.
+        TinyLlavaEdgeError: interrupted (the hint says how to go on), or the loss is not finite.
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
@@ -192,18 +193,17 @@ def _fit(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = StageTrainer(Objective(model), settings, prepared, watch)
     try:
-        with InterruptOnce(watch):
+        with InterruptOnce(watch), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers warns of its own attributes
             trainer.train(resume_from_checkpoint=str(state) if state else None)
     except KeyboardInterrupt:
         watch.reason = "interrupt"
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
-        stopped = TinyLlavaEdgeError(
+        raise TinyLlavaEdgeError(
             f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {settings.output_dir}",
             "run the same command again to go on from there",
         )
-        stopped.exit_code = 130
-        raise stopped
     if watch.reason == "loss":
         raise TinyLlavaEdgeError(
             f"stage {stage.name}: the loss at step {step} is {watch.loss}", "lower learning_rate, or train in fp32"
