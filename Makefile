@@ -28,7 +28,6 @@ docs: $(READY)
 # torch first: with it in place no other package can pull another build of it.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@echo "installing the rest; llama.cpp compiles once, which takes 5 to 10 minutes on 2 cores"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
