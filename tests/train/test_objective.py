@@ -13,11 +13,12 @@ from tinyllava_edge.checkpoint import Checkpoint
 from tinyllava_edge.train.collate import IGNORED
 from tinyllava_edge.train.dataset import PackSampler, StageData, prepare
 from tinyllava_edge.train.objective import Objective, freeze
-from tinyllava_edge.train.recipes import PRESETS, StageRecipe, override
+from tinyllava_edge.train.recipes import StageRecipe, override
 
 from .conftest import Files
 
-CAPTIONS, ANSWERS = PRESETS["base-nano"].stages
+CAPTIONS = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 4, precision="fp32")
+ANSWERS = StageRecipe("finetune", "model", "connector+llm", 1e-3, 4, max_turns=4, precision="fp32")
 
 
 @pytest.fixture(scope="module")

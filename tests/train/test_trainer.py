@@ -19,14 +19,14 @@ from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
 from tinyllava_edge.train.dataset import StageData
 from tinyllava_edge.train.engine import WHOLE
-from tinyllava_edge.train.recipes import PRESETS, StageRecipe, override
+from tinyllava_edge.train.recipes import StageRecipe, override
 from tinyllava_edge.train.trainer import TrainResult, train, work_directory
 
 from .conftest import Files
 
-CAPTIONS = override(PRESETS["base-nano"].stages[0], {"batch_size": 4, "precision": "fp32"})
-ANSWERS = override(
-    PRESETS["base-nano"].stages[1], {"batch_size": 2, "max_turns": 4, "precision": "fp32", "save_steps": 5}
+CAPTIONS = StageRecipe("pretrain", "pretrain", "connector", 2e-3, 4, precision="fp32")
+ANSWERS = StageRecipe(
+    "finetune", "model", "connector+llm", 1e-3, 2, max_turns=4, precision="fp32", save_steps=5, adam_beta2=0.98
 )
 
 

@@ -5,9 +5,10 @@
 Logits are centred first: adding a constant to all of them changes nothing.
 
 Floating-point limits are an order of magnitude above what correct exports measure, and one to three below what the
-known faults do (a swapped mean, a wrong feature layer, a post-norm left in). Quantised limits are four to eight times
-what trained nano models measure (relative error of the logits: q8_0 0.012, q6_k 0.025, q5_k_m 0.032, q4_k_m 0.030, q4_0
-0.037), so that other models fit and a wrong block does not; whether the answers are still right is for `eval` to say.
+known faults do (a swapped mean, a wrong feature layer, a post-norm left in). Quantised limits are about three times
+what a trained nano model measures on 66 pictures (relative error of the logits: q8_0 0.023, q6_k 0.069, q5_k_m 0.067,
+q4_k_m 0.081, q4_0 0.066), ten times for int8 vision: towers with outlier channels lose more. So other models fit
+and a wrong block does not; whether the answers are still right is for `eval` to say.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ FEATURES: dict[str, Tolerance] = {
         relative=1e-2, cosine=0.9995, reason="10-bit mantissa, about 5e-4 a value, adding up over layers"
     ),
     "int8": Tolerance(
-        relative=0.2, cosine=0.98, reason="dynamic 8-bit weights and activations; 0.02 and 0.9995 measured"
+        relative=0.2, cosine=0.98, reason="dynamic 8-bit weights and activations; 0.021 and 0.9993 measured"
     ),
     "int4": Tolerance(relative=0.4, cosine=0.92, reason="4-bit weights in blocks, float activations"),
 }
@@ -57,11 +58,11 @@ LOGITS: dict[str, Tolerance] = {
     "f32": Tolerance(max_abs=0.02, share=1.0, reason="float32 weights, but llama.cpp keeps keys and values in float16"),
     "f16": Tolerance(max_abs=0.05, share=1.0, reason="float16 weights and key-value cache"),
     "bf16": Tolerance(relative=0.05, cosine=0.998, share=0.95, reason="7-bit mantissa"),
-    "q8_0": Tolerance(relative=0.05, cosine=0.998, share=0.95, reason="8-bit blocks of 32 with a float16 scale"),
-    "q6_k": Tolerance(relative=0.1, cosine=0.99, share=0.95, reason="6-bit blocks"),
-    "q5_k_m": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks, 6 bits where it matters"),
-    "q5_k_s": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks"),
-    "q5_0": Tolerance(relative=0.15, cosine=0.985, share=0.9, reason="5-bit blocks"),
+    "q8_0": Tolerance(relative=0.08, cosine=0.995, share=0.95, reason="8-bit blocks of 32 with a float16 scale"),
+    "q6_k": Tolerance(relative=0.2, cosine=0.98, share=0.95, reason="6-bit blocks"),
+    "q5_k_m": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks, 6 bits where it matters"),
+    "q5_k_s": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks"),
+    "q5_0": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks"),
     "q4_k_m": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks, 6 bits where it matters"),
     "q4_k_s": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
     "q4_0": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
