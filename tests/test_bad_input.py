@@ -27,7 +27,7 @@ def call(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
+def assert_refused(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
     """One `error:` line with the words, one `hint:` line, nothing on stdout, no traceback."""
     assert done.returncode == code, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "hint:"))]
@@ -71,34 +71,34 @@ def test_pictures(tiny_bundle: Path, picture: Path, tmp_path: Path) -> None:
     cut.write_bytes(picture.read_bytes()[:3000])
     text.write_text("not a picture")
     huge.write_bytes(huge_png())
-    refused(call("run", tiny_bundle, "--image", tmp_path / "none.png", QUESTION), "none.png", "no such file")
-    refused(call("run", tiny_bundle, "--image", cut, QUESTION), "cut.png", "truncated")
-    refused(call("run", tiny_bundle, "--image", text, QUESTION), "text.png", "not a picture")
-    refused(call("run", tiny_bundle, "--image", huge, QUESTION), "huge.png", "pixels")
+    assert_refused(call("run", tiny_bundle, "--image", tmp_path / "none.png", QUESTION), "none.png", "no such file")
+    assert_refused(call("run", tiny_bundle, "--image", cut, QUESTION), "cut.png", "truncated")
+    assert_refused(call("run", tiny_bundle, "--image", text, QUESTION), "text.png", "not a picture")
+    assert_refused(call("run", tiny_bundle, "--image", huge, QUESTION), "huge.png", "pixels")
 
 
 def test_bundles(copy: Path, picture: Path) -> None:
     data = bytearray((copy / "llm-f16.gguf").read_bytes())
     data[len(data) // 2] ^= 1
     (copy / "llm-f16.gguf").write_bytes(data)
-    refused(call("run", copy, "--image", picture, QUESTION), "llm-f16.gguf", "SHA-256")
+    assert_refused(call("run", copy, "--image", picture, QUESTION), "llm-f16.gguf", "SHA-256")
     (copy / "llm-f16.gguf").write_bytes(data[:1000])
-    refused(call("run", copy, "--image", picture, QUESTION), "llm-f16.gguf", "1,000 bytes")
+    assert_refused(call("run", copy, "--image", picture, QUESTION), "llm-f16.gguf", "1,000 bytes")
     (copy / "vision-fp32.onnx").unlink()
-    refused(call("run", copy, "--image", picture, QUESTION), "vision-fp32.onnx", "missing")
+    assert_refused(call("run", copy, "--image", picture, QUESTION), "vision-fp32.onnx", "missing")
     (copy / "verified.json").unlink()
-    refused(call("run", copy, "--image", picture, "--build", "int8+q4_k_m", QUESTION), "verified")
+    assert_refused(call("run", copy, "--image", picture, "--build", "int8+q4_k_m", QUESTION), "verified")
     allowed = call(
         "run", copy, "--image", picture, "--build", "int8+q4_k_m", "--allow-unverified", "-n", 2, "--json", "a?"
     )
     assert allowed.returncode == 0 and '"verified": false' in allowed.stdout
-    refused(call("run", copy, "--image", picture, "--build", "int4+q1", QUESTION), "int4+q1", code=2)
+    assert_refused(call("run", copy, "--image", picture, "--build", "int4+q1", QUESTION), "int4+q1", code=2)
 
 
 def test_questions(tiny_bundle: Path, picture: Path) -> None:
-    refused(call("run", tiny_bundle, "--image", picture, ""), "question", code=2)
-    refused(call("run", tiny_bundle, "--image", picture, "  \n "), "question", code=2)
-    refused(call("run", tiny_bundle, "--image", picture, "why " * 5000), "n_ctx")
+    assert_refused(call("run", tiny_bundle, "--image", picture, ""), "question", code=2)
+    assert_refused(call("run", tiny_bundle, "--image", picture, "  \n "), "question", code=2)
+    assert_refused(call("run", tiny_bundle, "--image", picture, "why " * 5000), "n_ctx")
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_during_export(tiny_checkpoint: Path, small_disk: Path) -> None:
     done = call("export", tiny_checkpoint, "-o", small_disk / "bundle", "--no-verify")
-    refused(done, "bundle", "no space")
+    assert_refused(done, "bundle", "no space")
     assert list(small_disk.iterdir()) == []
 
 
@@ -141,4 +141,4 @@ def test_an_interrupted_export_leaves_no_bundle(how: signal.Signals, tiny_checkp
     again = call("export", tiny_checkpoint, "-o", out, "--no-verify", "--llm", "f16", "--vision", "fp32")
     assert again.returncode == 0, again.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]  # what the kill left behind is swept
-    refused(call("export", tiny_checkpoint, "-o", out, "--no-verify"), "exists already")
+    assert_refused(call("export", tiny_checkpoint, "-o", out, "--no-verify"), "exists already")

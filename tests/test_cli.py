@@ -96,6 +96,19 @@ def test_errors_are_short_and_have_codes(arguments: list[str], code: int, words:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['torch'] = None\nfrom tinyllava_edge import cli\n"
+        "sys.argv = ['tinyllava-edge', 'export', 'x', '-o', 'y']\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        "error: this command needs the package torch",
+        "hint: pip install 'tinyllava-edge[train]'",
+    ]
+
+
 def test_cli_reference_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, REPOSITORY / "docs" / "cli_reference.py", "--check"], timeout=60)
     assert done.returncode == 0

@@ -26,6 +26,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+EXTRAS = {
+    "torch": "train",
+    "transformers": "train",
+    "accelerate": "train",
+    "safetensors": "train",
+    "tokenizers": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "gguf": "export",
+    "easy_vqa": "data",
+    "matplotlib": "report",
+    "onnxruntime": "cpu",
+}
 _TYPER_INTERRUPTED = 130  # typer swallows Ctrl-C and returns this
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
@@ -53,6 +66,11 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        fail(f"this command needs the package {error.name}", f"pip install 'tinyllava-edge[{extra}]'", 1)
     except OSError as error:
         fail(
             f"{error.filename or 'file'}: {error.strerror or error}", "check the path, its permissions and the disk", 1
