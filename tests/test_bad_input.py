@@ -142,3 +142,9 @@ def test_an_interrupted_export_leaves_no_bundle(how: signal.Signals, tiny_checkp
     assert again.returncode == 0, again.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]  # what the kill left behind is swept
     assert_refused(call("export", tiny_checkpoint, "-o", out, "--no-verify"), "exists already")
+
+
+def test_an_export_never_replaces_its_own_checkpoint(tiny_checkpoint: Path) -> None:
+    for out in (tiny_checkpoint, tiny_checkpoint.parent):
+        assert_refused(call("export", tiny_checkpoint, "-o", out, "--force"), "checkpoint itself", code=2)
+    assert (tiny_checkpoint / "model.safetensors").is_file()

@@ -92,6 +92,19 @@ def test_wrong_manifests_are_refused(made: Path, change: dict[str, object]) -> N
         b.open_bundle(made)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("precision", "../../x/int8"), ("path", "\ud800"), ("path", "a" * 5000), ("bytes", 10**30), ("role", "x" * 999)],
+)
+def test_odd_entries_are_refused_in_one_short_line(made: Path, key: str, value: object) -> None:
+    manifest = json.loads((made / "bundle.json").read_text())
+    manifest["files"][0][key] = value
+    (made / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as error:
+        b.open_bundle(made)
+    assert len(error.value.message) < 300 + len(str(made)) and error.value.message.isprintable()
+
+
 @pytest.mark.parametrize("entry", ["../llm.gguf", "/etc/passwd"])
 def test_entries_can_not_leave_the_bundle(made: Path, entry: str) -> None:
     manifest = json.loads((made / "bundle.json").read_text())

@@ -85,6 +85,9 @@ def test_doctor_says_when_both_onnxruntimes_are_installed() -> None:
         (["info", "--variants", "x"], 2, "takes no path"),
         (["export", "nowhere", "-o", "out"], 1, "no such directory"),
         (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["report", "nowhere.jsonl", "-o", "report.md"], 2, "no HTML"),
+        (["train", "-o", "x", "--data", "d", "--images", "i", "--variant", "typo"], 2, "typo"),
+        (["eval", "nowhere", "--build", "int8+f16"], 2, "no bundle"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -73,4 +73,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(StorageError, match="no demo made"):
             run_demo(tmp_path, force=force, size=MINI, progress=lambda _: None)
+    (tmp_path / "state.json").write_text('{"terraform": 1}')
+    with pytest.raises(StorageError, match="no demo made"):
+        run_demo(tmp_path, force=True, size=MINI, progress=lambda _: None)
     assert (tmp_path / "precious").read_text() == "x"

@@ -51,6 +51,20 @@ def test_a_killed_writer_leaves_no_final_name_and_the_next_one_sweeps(tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_kill_between_the_two_renames_loses_nothing(finished: bool, tmp_path: Path) -> None:
+    """The old directory was moved aside; the next run brings it back, or drops it once the new one is in place."""
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "a").write_text("old")
+    if finished:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("new")
+    with pytest.raises(StorageError, match="exists already"), new_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "a").read_text() == ("new" if finished else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_new_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
     target = tmp_path / "f"
     target.write_text("old")

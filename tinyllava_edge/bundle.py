@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -230,14 +231,19 @@ def _read_json(path: Path) -> Any:
 
 
 def _string(path: Path, value: Mapping[str, Any], key: str) -> str:
-    if not isinstance(value.get(key), str):
+    if not isinstance(value.get(key), str) or not _plain(value[key]):
         raise BundleError(f"{path}: {key!r} is not a string", "export the bundle again")
     return str(value[key])
 
 
+def _plain(text: str) -> bool:
+    """Printable (so no half of a surrogate pair, no line break) and of a length that fits in an error line."""
+    return text.isprintable() and len(text) <= 255
+
+
 def _strings(path: Path, value: Mapping[str, Any], key: str) -> dict[str, str]:
     entry = value.get(key)
-    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+    if not isinstance(entry, dict) or not all(isinstance(v, str) and _plain(k + v) for k, v in entry.items()):
         raise BundleError(f"{path}: {key!r} is not a table of strings", "export the bundle again")
     return dict(entry)
 
@@ -249,9 +255,9 @@ def _file(path: Path, root: Path, entry: Any) -> BundleFile:
     for key, kind in wanted.items():
         if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
             raise BundleError(f"{path}: a file's {key!r} has the wrong type", "export the bundle again")
-    if entry["role"] not in ROLES or entry["bytes"] < 0:
-        raise BundleError(
-            f"{path}: a file has role {entry['role']!r} and {entry['bytes']} bytes", "export the bundle again"
-        )
+    if not re.fullmatch(r"[a-z0-9_]{1,32}", entry["precision"]) or not _plain(entry["path"]):
+        raise BundleError(f"{path}: a file has an odd path or precision", "export the bundle again")
+    if entry["role"] not in ROLES or not 0 <= entry["bytes"] < 1 << 63:
+        raise BundleError(f"{path}: a file has role {entry['role'][:40]!r} and an odd size", "export the bundle again")
     safe_join(root, entry["path"])
     return BundleFile(**entry)

@@ -153,6 +153,12 @@ def train(
         Path | None, typer.Option("--checkpoint", help="Checkpoint to continue from; a new model if absent.")
     ] = None,
     variant: Annotated[str, typer.Option("--variant", help="Variant of a new model; see `info --variants`.")] = "",
+    vision: Annotated[
+        Path | None, typer.Option("--vision", help="Hugging Face directory of a new model's tower.")
+    ] = None,
+    llm: Annotated[
+        Path | None, typer.Option("--llm", help="Hugging Face directory of a new model's language model.")
+    ] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file.")] = "base-nano",
     stage: Annotated[str, typer.Option("--stage", help="Stage of the recipe: pretrain or finetune.")] = "finetune",
     max_bad_rows: Annotated[int, typer.Option("--max-bad-rows", min=0, help="Bad rows to skip before stopping.")] = 0,
@@ -163,7 +169,17 @@ def train(
     from .commands import train_stage
 
     result = train_stage(
-        out, data, images, checkpoint, variant, recipe=recipe, stage=stage, max_bad_rows=max_bad_rows, force=force
+        out,
+        data,
+        images,
+        checkpoint,
+        variant,
+        vision=vision,
+        llm=llm,
+        recipe=recipe,
+        stage=stage,
+        max_bad_rows=max_bad_rows,
+        force=force,
     )
     emit(result) if as_json else talk(f"checkpoint: {out}")
 

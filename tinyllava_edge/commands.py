@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,23 +104,30 @@ def train_stage(
     checkpoint: Path | None,
     variant: str,
     *,
+    vision: Path | None,
+    llm: Path | None,
     recipe: str,
     stage: str,
     max_bad_rows: int,
     force: bool,
 ) -> dict[str, Any]:
     """Train one stage of a recipe from a checkpoint, or from the backbones of a variant."""
+    from .checkpoint_spec import load_spec
     from .spec import DEFAULT_VARIANT
+    from .spec import variant as find_variant
     from .train import recipes
     from .train.trainer import init_checkpoint, train
 
     chosen = recipes.load(recipe).stage(stage)
-    if checkpoint is None:
-        checkpoint = out.with_name(out.name + ".init")
-        if not checkpoint.exists():
-            init_checkpoint(variant or DEFAULT_VARIANT, checkpoint)
-    elif variant:
+    if checkpoint is not None and (variant or vision or llm):
         raise UsageError("--variant starts a new model and --checkpoint continues one", "give one of the two")
+    if checkpoint is not None and checkpoint.resolve() == out.resolve():
+        raise UsageError(f"{out} is the checkpoint to start from", "name another place with -o")
+    if checkpoint is None:
+        name = find_variant(variant or DEFAULT_VARIANT).name
+        checkpoint = out.parent / f"{out.name}.init"
+        if not checkpoint.exists() or load_spec(checkpoint).name != name:
+            init_checkpoint(name, checkpoint, vision_dir=vision, llm_dir=llm, force=True)
     return train(checkpoint, chosen, data, images, out, max_bad=max_bad_rows, force=force).to_dict()
 
 
@@ -141,6 +148,8 @@ def evaluate_model(
 
     from .benchmarks.tasks import evaluate, load_rows
 
+    wanted = build_names(model, builds)
+    alone = len(wanted) < 2
     with tempfile.TemporaryDirectory() as scratch:
         if task == "easy_vqa":
             from .data.easy_vqa import convert
@@ -152,8 +161,8 @@ def evaluate_model(
                 raise UsageError(f"--task {task} needs --images", "name the directory that its image paths start from")
             rows = load_rows(Path(task), images)
         results = {}
-        for name, runtime in open_runtimes(model, builds, allow_unverified):
-            path = None if out is None else out if len(builds) == 1 else out.with_name(f"{out.stem}-{name}{out.suffix}")
+        for name, runtime in open_runtimes(model, wanted, allow_unverified):
+            path = None if out is None else out if alone else out.parent / f"{out.stem}-{name}{out.suffix}"
             try:
                 result = evaluate(
                     runtime, rows, shuffle_pictures_seed=0 if blind else None, limit=limit, out=path, progress=progress
@@ -165,18 +174,29 @@ def evaluate_model(
     return {"task": task, "model": str(model), "results": results}
 
 
-def open_runtimes(model: Path, builds: Sequence[str], allow_unverified: bool) -> list[tuple[str, Runtime]]:
-    """Runtimes of a bundle's builds (all by default), or the reference runtime of a checkpoint."""
+def build_names(model: Path, builds: Sequence[str]) -> list[str]:
+    """The builds to run: those asked for, or all of a bundle's; none for a checkpoint."""
     if not (model / MANIFEST).is_file():
+        if builds:
+            raise UsageError(f"{model} is no bundle, so it has no builds", "drop --build, or name a bundle")
+        return []
+    bundle = open_bundle(model)
+    return [bundle.build(name).name for name in builds or bundle.builds()]
+
+
+def open_runtimes(model: Path, builds: Sequence[str], allow_unverified: bool) -> Iterator[tuple[str, Runtime]]:
+    """Runtimes of a bundle's builds, one at a time, or the reference runtime of a checkpoint."""
+    if not builds:
         from .runtimes.reference import open_reference
 
-        runtime = open_reference(model)
-        return [(f"reference-{runtime.build}", runtime)]
+        reference = open_reference(model)
+        yield f"reference-{reference.build}", reference
+        return
     from .runtimes.edge import open_edge
 
     bundle = open_bundle(model)
-    wanted = list(builds) or list(bundle.builds())
-    return [(name, open_edge(bundle, name, allow_unverified=allow_unverified)) for name in wanted]
+    for name in builds:
+        yield name, open_edge(bundle, name, allow_unverified=allow_unverified)
 
 
 def eval_to_dict(result: EvalResult) -> dict[str, Any]:
@@ -234,6 +254,7 @@ def bench_bundle(
         opened.require_verified(opened.build(name), allow_unverified)
     with tempfile.TemporaryDirectory() as scratch:
         picture = image or sample_picture(Path(scratch))
+        before = read_results([out]) if out.is_file() else []  # a damaged file is said before minutes of measuring
         samples = bench(
             bundle,
             list(builds) or None,
@@ -243,7 +264,6 @@ def bench_bundle(
             max_tokens=max_tokens,
             progress=progress,
         )
-    before = read_results([out]) if out.is_file() else []
     write_results(out, [*before, *samples])
     return {
         summary.build: {
@@ -270,6 +290,8 @@ def write_report(results: Sequence[Path], out: Path, images: Path | None) -> Non
     from .benchmarks.report import render_report
     from .benchmarks.results import read_results
 
+    if out.suffix != ".html":
+        raise UsageError(f"{out} is no HTML file's name", "name a file that ends in .html; .md and .png go beside it")
     render_report(
         read_results(list(results)), out, images=images, markdown=out.with_suffix(".md"), png=out.with_suffix(".png")
     )

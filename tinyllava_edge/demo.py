@@ -180,24 +180,45 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+# what a demo writes; the state last, because it says whose directory this is
+OWN = (
+    *("data", "work", "checkpoint", "checkpoint.work", "checkpoint.train.json", "bundle", "results.jsonl"),
+    *("report.html", "table.md", "pareto.png", "summary.json", "state.json"),
+)
+
+
 def _prepare(paths: Paths, force: bool) -> None:
-    if paths.root.exists() and any(paths.root.iterdir()) and not paths.state.is_file():
+    """Make the directory, or check that a demo made it; with `force` remove what a demo writes, and nothing else."""
+    if paths.root.exists() and any(paths.root.iterdir()) and not _is_state(_json(paths.state)):
         raise StorageError(f"{paths.root} holds something that no demo made", "name an empty directory with -o")
-    if force and paths.root.exists():
-        shutil.rmtree(paths.root)
-    paths.work.mkdir(parents=True, exist_ok=True)
+    for name in OWN if force else ():
+        entry = paths.root / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+    paths.root.mkdir(parents=True, exist_ok=True)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and set(value) == {"version", "size", "seconds"} and isinstance(value["seconds"], dict)
+    )
 
 
 def _read_state(paths: Paths, size: Size) -> dict[str, Any]:
     fresh: dict[str, Any] = {"version": __version__, "size": asdict(size), "seconds": {}}
     if not paths.state.is_file():
         write_json(paths.state, fresh)
+        paths.work.mkdir(exist_ok=True)
         return fresh
-    try:
-        state: dict[str, Any] = json.loads(paths.state.read_text(encoding="utf-8"))
-        seconds = dict(state["seconds"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{paths.state}: damaged ({error})", "start over with --force") from error
+    paths.work.mkdir(exist_ok=True)
+    state: dict[str, Any] = _json(paths.state)
+    seconds = dict(state["seconds"])
     if state.get("version") != __version__:
         raise StorageError(f"{paths.state}: made by version {state.get('version')}", "start over with --force")
     if state.get("size") != fresh["size"]:

@@ -17,6 +17,7 @@ from .errors import BundleError, StorageError
 
 _CHUNK = 1 << 20  # bytes read at a time while hashing
 _FULL = 1 << 20  # bytes; with less left on the disk, a failed write is blamed on it
+_ASIDE = ".old"  # the directory that is being replaced
 _TMP = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<pid>\d+)$")
 
 
@@ -70,16 +71,17 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         StorageError: `target` exists and `force` is off, or the disk is full.
     """
-    if target.exists() and not force:
-        raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
+        if target.exists() and not force:
+            raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             yield temporary
+            _sync(temporary)
             _swap(temporary, target)
         except Exception as error:
             if shutil.disk_usage(temporary).free < _FULL and not isinstance(error, StorageError):
@@ -122,14 +124,30 @@ def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    aside = target.parent / f".{target.name}.tmp-{os.getpid()}0"
+    aside = target.parent / f".{target.name}{_ASIDE}"
     target.rename(aside)
     temporary.rename(target)
     shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
 
 
+def _sync(root: Path) -> None:
+    """Bring every file below `root` to the disk, so that after a power cut the final name holds no empty files."""
+    for path in [*(p for p in root.rglob("*") if p.is_file()), root]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _sweep(target: Path) -> None:
-    """Remove what killed runs left beside `target`: temporary names whose process is gone."""
+    """Mend what killed runs left beside `target`: temporary names whose process is gone, an old one moved aside."""
+    aside = target.parent / f".{target.name}{_ASIDE}"
+    if aside.exists():  # killed between the two renames, or just after them
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(target)
     for entry in target.parent.iterdir():
         match = _TMP.match(entry.name)
         if match and match["name"] == target.name and not _alive(int(match["pid"])):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import MANIFEST, open_bundle
-from .errors import CheckpointError, UsageError
+from .errors import BundleError, CheckpointError, UsageError
 from .spec import LLM_BACKBONES, NANO_VARIANTS, VARIANTS, VISION_BACKBONES, model_spec
 
 PACKAGES = {
@@ -113,7 +113,13 @@ def describe_path(path: Path) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         from .commands import describe_bundle
 
-        return describe_bundle(open_bundle(path))
+        bundle = open_bundle(path)
+        found: list[str] = []
+        try:
+            bundle.check()
+        except BundleError as error:
+            found.append(f"{error.message}. Mend: {error.hint}")
+        return {**describe_bundle(bundle), "problems": found}
     from .checkpoint_spec import SPEC_FILE, load_spec
 
     if not (path / SPEC_FILE).is_file():

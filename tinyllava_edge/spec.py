@@ -152,13 +152,14 @@ class ModelSpec:
             kind = kinds.get(str(field.type))
             if kind is not None:
                 good = isinstance(given, kind) and not isinstance(given, bool)
+                good = good and (not isinstance(given, str) or (given.isprintable() and len(given) <= 255))
             else:
                 good = (
                     isinstance(given, list | tuple) and len(given) == 3 and all(type(x) in (int, float) for x in given)
                 )
             if not good:
                 raise CheckpointError(
-                    f"{where}: model spec key {name!r} has the wrong type: {given!r}", "restore the file"
+                    f"{where}: model spec key {name!r} has the wrong type: {str(given)[:80]!r}", "restore the file"
                 )
             clean[name] = tuple(given) if kind is None else given
         spec = cls(**clean)

@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(
     tiny_checkpoint: Path, files: Files, tmp_path: Path
 ) -> None:
     runs = [
-        run(tiny_checkpoint, override(ANSWERS, {"seed": seed}), files.mixed, files, tmp_path / f"{k}")
+        run(tiny_checkpoint, override(ANSWERS, {"seed": seed}), files.qa, files, tmp_path / f"{k}")
         for k, seed in enumerate((1, 1, 2))
     ]
     assert runs[0].losses == runs[1].losses != runs[2].losses

@@ -203,7 +203,7 @@ def _image_fault(image: str, images: Path) -> str:
     pure = PurePosixPath(image)
     if not image or "\0" in image or "\\" in image or not _is_unicode(image):
         return f"image {image[:200]!r} is not a path with forward slashes"
-    if pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
         return f"image {image!r} leaves the image directory"
     try:
         found = (images / pure).is_file()

@@ -53,6 +53,8 @@ def export_bundle(
         StorageError: `out` exists and `force` is off, or the disk is full.
     """
     llm, vision = _names("LLM type", llm, LLM_TYPES), _names("vision precision", vision, VISION_PRECISIONS)
+    if out.resolve() in (root.resolve(), *root.resolve().parents):
+        raise UsageError(f"{out} holds the checkpoint itself", "name another place with -o")
     if out.exists() and not force:  # said before the long work, and again by new_directory
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
     tell = progress or (lambda _text: None)
