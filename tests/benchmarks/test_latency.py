@@ -71,6 +71,16 @@ def test_a_failing_child_is_reported(tiny_bundle: Path, tmp_path: Path) -> None:
         peak_memory(tiny_bundle, BUILDS[0], tmp_path / "none.png", "what?")
 
 
+def test_a_hanging_child_is_reported_with_a_flag_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*args: object, **options: object) -> None:
+        raise subprocess.TimeoutExpired("peak_rss", 600)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    with pytest.raises(EngineError, match="no answer within 600 s") as caught:
+        peak_memory(Path("bundle"), BUILDS[0], Path("x.png"), "what?")
+    assert "--memory" not in caught.value.hint
+
+
 def test_peak_rss_shows_its_usage() -> None:
     done = subprocess.run([sys.executable, "-m", "tinyllava_edge.benchmarks.peak_rss"], capture_output=True, text=True)
     assert done.returncode == 1 and "BUNDLE BUILD IMAGE QUESTION" in done.stderr

@@ -45,6 +45,13 @@ def test_answer_record_survives(tmp_path: Path) -> None:
         (to_line(SAMPLE).replace("12.5", "true"), "wrong type"),
         (to_line(SAMPLE).replace('"sample": 3', '"sample": 3.5'), "wrong type"),
         ("[" * 100_000, "not valid JSON"),
+        (to_line(SAMPLE).replace("12.5", "NaN"), "not valid JSON"),
+        (to_line(SAMPLE).replace("12.5", "-1e999"), "not valid JSON"),
+        (to_line(SAMPLE).replace("12.5", "1e18"), "below 1e18"),
+        (to_line(SAMPLE).replace("12.5", "1" + "0" * 400), "below 1e18"),
+        (to_line(SAMPLE).replace('"e1"', '"\\ud800"'), "surrogates not allowed"),
+        (to_line(Sample("bundle", detail={"verified": []})), "`verified` or `sha256`"),
+        (to_line(Sample("bundle", detail={"sha256": 7})), "`verified` or `sha256`"),
     ],
 )
 def test_other_lines_are_refused_by_number(line: str, says: str, tmp_path: Path) -> None:
@@ -63,6 +70,18 @@ def test_missing_file_and_cut_line(tmp_path: Path) -> None:
     assert read_results([path], tolerate_cut=True) == [SAMPLE]
     with pytest.raises(DataError):
         read_results([path])
+
+
+def test_line_separators_and_a_kill_inside_a_character_are_survived(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    answer = Sample("answer", detail={"given": "one\u2028two\x85 Köln"})
+    assert to_line(answer).isascii()
+    raw = (json.dumps(answer.to_dict(), ensure_ascii=False) + "\n").encode()
+    path.write_bytes(raw + raw[: raw.index("ö".encode()) + 1])
+    assert read_results([path], tolerate_cut=True) == [answer]
+    with pytest.raises(DataError, match="not valid JSON") as caught:
+        read_results([path])
+    assert f"{path}:2" in caught.value.message
 
 
 def test_numbers_that_json_lacks_are_not_written() -> None:

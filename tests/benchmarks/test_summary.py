@@ -58,6 +58,19 @@ def test_the_bundles_stamp_stands_in_for_verify_lines(samples: list[Sample]) -> 
     assert summarise(stamped).decision.build == "fp32+f16"
 
 
+def test_two_bundles_are_never_pooled(samples: list[Sample]) -> None:
+    (bundle,) = (s for s in samples if s.kind == "bundle")
+    again = replace(bundle, detail={**bundle.detail, "sha256": "99" * 32})
+    with pytest.raises(DataError, match=f"{'cd' * 32}, {'99' * 32}"):
+        summarise([*samples, again])
+    assert summarise([*samples, bundle]).decision.build == "int8+q8_0"  # the same bundle measured twice
+
+
+def test_a_build_of_unknown_size_never_ships(samples: list[Sample]) -> None:
+    decision = summarise(without(samples, kind="size", build="fp32+f16")).decision
+    assert decision.build == "int8+q8_0" and decision.rejected["fp32+f16"] == "its size was not measured"
+
+
 def test_without_a_reference_nothing_ships(samples: list[Sample]) -> None:
     alone = without(samples, runtime="reference")
     summary = summarise(alone)
@@ -88,6 +101,20 @@ def test_a_model_that_hardly_sees_is_called_out(samples: list[Sample]) -> None:
     }
     blind = [replace(seen[s.detail["id"]], stage="blind") if s.stage == "blind" else s for s in samples]
     assert any("Beware" in reason and "96.0 %" in reason for reason in summarise(blind).decision.reasons)
+
+
+def test_blind_answers_with_a_tier_do_not_count(samples: list[Sample]) -> None:
+    """Untiered questions are guessed blind; those with a tier, all wrong, must not hide it."""
+
+    def graded(sample: Sample) -> Sample:
+        if sample.kind != "answer":
+            return sample
+        hard = sample.detail["tier"] == "hard"
+        given = {"given": "nothing" if hard else "yes"} if sample.stage == "blind" else {}
+        return replace(sample, detail={**sample.detail, "tier": "hard" if hard else "", **given})
+
+    reasons = summarise([graded(s) for s in samples]).decision.reasons
+    assert any("Beware" in reason and "100.0 %" in reason for reason in reasons)
 
 
 def test_scatter_is_flagged(samples: list[Sample]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def test_load_rows_splits_turns(tmp_path: Path) -> None:
     more = [{"from": "human", "value": "and the shape?"}, {"from": "gpt", "value": "circle"}]
     path = write(
         tmp_path / "d.json",
-        [entry(tier="hard", question_type="color"), entry(id=7, conversations=entry()["conversations"] + more)],
+        [
+            entry(tier="hard", question_type="color"),
+            entry(id=7, tier=None, question_type=None, conversations=entry()["conversations"] + more),
+        ],
     )
     got = load_rows(path, tmp_path)
     assert [(r.id, r.question, r.expected, r.question_type, r.tier) for r in got] == [
@@ -80,6 +84,13 @@ def test_load_rows_splits_turns(tmp_path: Path) -> None:
         ([entry(conversations=[{"from": "human", "value": "?"}])], "row 0"),
         ([entry(), entry(id="2", conversations=list(reversed(entry()["conversations"])))], "row 1"),
         ([entry(conversations="hello")], "row 0"),
+        ([entry(image="/etc/a.png")], "plain path below the image directory"),
+        ([entry(image="../a.png")], "plain path below the image directory"),
+        ([entry(image="a/../../b.png")], "plain path below the image directory"),
+        ([entry(image=".")], "plain path below the image directory"),
+        ([entry(image="c:\\a.png")], "plain path below the image directory"),
+        ([entry(id="\ud800")], "surrogates not allowed"),
+        ([entry(image="")], "needs `id` and `image`"),
         (["text"], "row 0"),
     ],
 )
@@ -144,6 +155,29 @@ def test_another_models_answers_are_not_mixed_in(tmp_path: Path) -> None:
         evaluate(Scripted(model="m2"), rows(2), out=out)
     with pytest.raises(DataError, match="another model"):
         evaluate(Scripted(), rows(2), out=out, shuffle_pictures_seed=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"question": "else?"}, {"expected": "x"}, {"image": "x.png"}, {"tier": "hard"}, {"id": "new"}]
+)
+def test_answers_to_other_questions_are_not_resumed(change: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    evaluate(Scripted(), rows(2), out=out)
+    with out.open("a") as handle:
+        handle.write('{"schema": 1, "kind": "ans')
+    before = out.read_bytes()
+    other = rows(2)
+    other[0] = replace(other[0], **change)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="holds answers to other questions"):
+        evaluate(Scripted(), other, out=out)
+    assert out.read_bytes() == before  # refused before anything is rewritten
+
+
+def test_a_smaller_limit_reuses_the_answers(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    evaluate(Scripted(), rows(), out=out)
+    again = Scripted()
+    assert len(evaluate(again, rows(), limit=6, out=out).records) == 6 and not again.shown
 
 
 def test_no_rows() -> None:

@@ -136,7 +136,9 @@ def peak_memory(
         sizes = {stage: int(size) for stage, size in found.items()}
         return [Sample("memory", "edge", build, s, size, "bytes", 0, environment_id) for s, size in sizes.items()]
     except subprocess.TimeoutExpired as error:
-        raise EngineError(f"{build}: no answer within {_MEMORY_TIMEOUT_S} s", "run bench without --memory") from error
+        raise EngineError(
+            f"{build}: no answer within {_MEMORY_TIMEOUT_S} s", "time it once with `run`; it may not fit in memory"
+        ) from error
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise EngineError(f"{build}: the memory measurement failed: {last}", "run the build once with `run`") from error

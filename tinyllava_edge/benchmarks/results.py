@@ -120,7 +120,7 @@ def write_results(path: Path, samples: Iterable[Sample]) -> None:
 
 def to_line(sample: Sample) -> str:
     """One JSON line with its newline."""
-    return json.dumps(sample.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(sample.to_dict(), ensure_ascii=True, allow_nan=False) + "\n"  # a kill can't halve a character
 
 
 def read_results(paths: Sequence[Path], *, tolerate_cut: bool = False) -> list[Sample]:
@@ -131,27 +131,29 @@ def read_results(paths: Sequence[Path], *, tolerate_cut: bool = False) -> list[S
         tolerate_cut: drop a last line without newline, which a killed run leaves.
 
     Raises:
-        DataError: a missing file, a line that is not JSON, another schema or an unknown kind; the line is named.
+        DataError: a missing file, a line that is not JSON, another schema, an unknown kind or a value out of range; the
+            line is named.
     """
     samples: list[Sample] = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        except (OSError, UnicodeDecodeError) as error:
+            lines = path.read_bytes().split(b"\n")  # an answer may hold other line breaks
+        except OSError as error:
             raise DataError(
                 f"{path}: can't be read ({error})", "name a results.jsonl that `bench` or `eval` wrote"
             ) from error
         for number, line in enumerate(lines, 1):
-            if tolerate_cut and number == len(lines) and not line.endswith("\n"):
+            if tolerate_cut and number == len(lines):  # empty, unless the last newline is missing
                 continue
             if line.strip():
                 samples.append(_parse(line, f"{path}:{number}"))
     return samples
 
 
-def _parse(line: str, where: str) -> Sample:
+def _parse(line: bytes, where: str) -> Sample:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # refuses lone surrogates and NaN
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})", "remove the line, or measure again") from error
     if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or value.get("kind") not in KINDS:
@@ -168,4 +170,10 @@ def _parse(line: str, where: str) -> Sample:
     )
     if not (numeric and texts and type(value["sample"]) is int and isinstance(value["detail"], dict)):
         raise DataError(f"{where}: a value has the wrong type", "measure again with this version")
+    if number is not None and not abs(number) < 1e18:
+        raise DataError(f"{where}: value is not a number below 1e18", "remove the line, or measure again")
+    if value["kind"] == "bundle":
+        detail = value["detail"]
+        if not isinstance(detail.get("verified", {}), dict) or not isinstance(detail.get("sha256", ""), str):
+            raise DataError(f"{where}: `verified` or `sha256` has the wrong type", "measure again with this version")
     return Sample(**value)

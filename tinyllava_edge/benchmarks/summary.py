@@ -102,8 +102,9 @@ def summarise(samples: Sequence[Sample]) -> Summary:
     """Group the samples by build.
 
     Raises:
-        DataError: more than one reference, or one build answers a question twice.
+        DataError: more than one reference or bundle, or one build answers a question twice.
     """
+    _one_bundle(samples)
     keys = list(dict.fromkeys((s.runtime, s.build) for s in samples if s.build))
     references = [key for key in keys if key[0] == "reference"]
     if len(references) > 1:
@@ -149,12 +150,23 @@ def decide(
     ttft = {summary.build: summary.ttft.estimate if summary.ttft else float("inf") for summary in fit}
     best = min(fit, key=lambda summary: (summary.bytes or 0, ttft[summary.build]))
     reasons = _reasons(best, fit, reference)
-    if blind and reference and reference.accuracy and reference.accuracy.low <= accuracy(blind).high:
+    guessed = accuracy(headline(blind)) if blind else None
+    if guessed and reference and reference.accuracy and reference.accuracy.low <= guessed.high:
         reasons.append(
-            f"Beware: with shuffled pictures the model answers {formats.percent(accuracy(blind))} right, so these "
+            f"Beware: with shuffled pictures the model answers {formats.percent(guessed)} right, so these "
             "questions hardly show that it sees at all."
         )
     return Decision(best.build, tuple(reasons), rejected)
+
+
+def _one_bundle(samples: Iterable[Sample]) -> None:
+    """Refuse lines of two bundles: latencies would be pooled, and an old stamp would pass for the new bundle's."""
+    hashes = list(dict.fromkeys(s.detail["sha256"] for s in samples if s.kind == "bundle" and s.detail.get("sha256")))
+    if len(hashes) > 1:
+        raise DataError(
+            f"{len(hashes)} bundles in one report: {', '.join(hashes)}",
+            "report one bundle at a time, or remove the old lines",
+        )
 
 
 def _build(
@@ -217,7 +229,9 @@ def _objection(summary: BuildSummary, reference: BuildSummary | None) -> str:
     if summary.flips is None:
         return "its accuracy was not measured"
     loss = -summary.flips.difference.estimate
-    return f"loses {loss:.1f} points of accuracy" if loss > ALLOWED_LOSS else ""
+    if loss > ALLOWED_LOSS:
+        return f"loses {loss:.1f} points of accuracy"
+    return "its size was not measured" if summary.bytes is None else ""
 
 
 def _reasons(best: BuildSummary, fit: Sequence[BuildSummary], reference: BuildSummary | None) -> list[str]:

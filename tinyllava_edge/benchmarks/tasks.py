@@ -105,10 +105,12 @@ def load_rows(path: Path, images: Path) -> list[Row]:
         images: directory that the `image` names are relative to.
 
     Raises:
-        DataError: not such a list, a row without picture, question or answer, or a repeated id; the row is named.
+        DataError: not such a list, a row without picture, question or answer, a picture outside `images`, or a
+            repeated id; the row is named.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(entries, ensure_ascii=False).encode("utf-8")  # half a surrogate pair would spoil results.jsonl
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: can't be read ({error})", "name a JSON list of LLaVA conversations") from error
     if not isinstance(entries, list) or not entries:
@@ -152,7 +154,7 @@ def evaluate(
         out: results.jsonl that grows picture by picture; a run that was cut off goes on where it stopped.
 
     Raises:
-        DataError: no rows, or `out` belongs to another model, machine or build.
+        DataError: no rows, or `out` belongs to another model, machine or build, or to other questions.
     """
     chosen = sample_rows(rows, limit)
     if not chosen:
@@ -165,7 +167,7 @@ def evaluate(
         place = derangement(len(names), shuffle_pictures_seed)
         shown = {name: groups[names[place[k]]][0].path for k, name in enumerate(names)}
     environment = capture(runtime)
-    done = _resume(out, environment, runtime, stage)
+    done = _resume(out, environment, runtime, stage, rows)
     asked = [(name, [row for row in group if row.id not in done]) for name, group in groups.items()]
     asked = [(name, group) for name, group in asked if group]
     for number, ((_, group), answers) in enumerate(zip(asked, _answers(runtime, asked, shown), strict=True), 1):
@@ -199,6 +201,11 @@ def _rows(entry: Any, images: Path, where: str) -> list[Row]:
     name, image = entry.get("id"), entry.get("image")
     if not isinstance(image, str) or not image or not isinstance(name, str | int):
         raise DataError(f"{where}: needs `id` and `image`", "only rows with a picture can be evaluated")
+    if {"", ".", ".."} & set(image.split("/")) or any(mark in image for mark in "\\:\0"):
+        raise DataError(
+            f"{where}: image {image!r} is not a plain path below the image directory", "name it relative to --images"
+        )
+    kinds = ["" if entry.get(key) is None else str(entry[key]) for key in ("question_type", "tier")]
     rows = []
     for turn in range(0, len(talk), 2):
         human, reply = talk[turn], talk[turn + 1]
@@ -207,7 +214,6 @@ def _rows(entry: Any, images: Path, where: str) -> list[Row]:
                 raise DataError(f"{where}: turn {turn} is not {{from: {speaker}, value: text}}", "restore the row")
         question, _ = prompt.take_image_marker(human["value"])
         identity = str(name) if turn == 0 else f"{name}#{turn // 2}"
-        kinds = (str(entry.get("question_type", "")), str(entry.get("tier", "")))
         rows.append(Row(identity, image, images / image, question, reply["value"].strip(), *kinds))
     return rows
 
@@ -230,7 +236,9 @@ def _samples(result: EvalResult, environment_id: str, first: int = 0) -> list[Sa
     ]
 
 
-def _resume(out: Path | None, environment: Mapping[str, Any], runtime: Runtime, stage: str) -> dict[str, AnswerRecord]:
+def _resume(
+    out: Path | None, environment: Mapping[str, Any], runtime: Runtime, stage: str, rows: Sequence[Row]
+) -> dict[str, AnswerRecord]:
     """Answers that `out` holds already; a new file starts with the environment line."""
     if out is None:
         return {}
@@ -239,12 +247,15 @@ def _resume(out: Path | None, environment: Mapping[str, Any], runtime: Runtime, 
         write_text(out, to_line(first))
         return {}
     samples = read_results([out], tolerate_cut=True)
-    write_text(out, "".join(to_line(sample) for sample in samples))  # drops a half-written last line
     answers = [sample for sample in samples if sample.kind == "answer"]
     key = (runtime.name, runtime.build, stage, first.environment_id)
     if any((s.runtime, s.build, s.stage, s.environment_id) != key for s in answers):
         raise DataError(f"{out}: holds answers of another model, build or machine", "name another file with -o")
     records = [AnswerRecord.from_sample(sample) for sample in answers]
+    asked = {row.id: row for row in rows}
+    if any(record.id not in asked or record != _record(asked[record.id], record.given) for record in records):
+        raise DataError(f"{out}: holds answers to other questions", "name another file with -o")
+    write_text(out, "".join(to_line(sample) for sample in samples))  # drops a half-written last line
     return {record.id: record for record in records}
 
 
