@@ -127,6 +127,8 @@ def test_an_interrupted_export_leaves_no_bundle(how: signal.Signals, tiny_checkp
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # a shell's background job ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".bundle.tmp-*/*")):  # something was written, not everything
