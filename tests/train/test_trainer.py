@@ -102,11 +102,12 @@ def test_accumulated_micro_batches_are_the_batch(tiny_checkpoint: Path, files: F
 
 LONG = override(ANSWERS, {"epochs": 7})  # 4 steps an epoch, 28 in all, states after 5, 10 …
 KILLED = """
-import json, sys
+import json, sys, torch
 from pathlib import Path
 from tinyllava_edge.train.recipes import recipe_from
 from tinyllava_edge.train.trainer import train
-start, stage, data, images, out = sys.argv[1:]
+start, stage, data, images, out, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # sums split over other threads would differ by rounding
 (recipe,) = recipe_from({"name": "x", "stages": [json.loads(stage)]}, "test").stages
 train(Path(start), recipe, Path(data), Path(images), Path(out), progress=False)
 """
@@ -137,7 +138,8 @@ def test_a_killed_run_goes_on_from_the_last_whole_state(
     out = tmp_path / "run"
     work = work_directory(out)
     stage = json.dumps({key: value for key, value in LONG.__dict__.items() if value is not None})
-    arguments = [str(tiny_checkpoint), stage, str(files.qa), str(files.images), str(out)]
+    threads = str(torch.get_num_threads())
+    arguments = [str(tiny_checkpoint), stage, str(files.qa), str(files.images), str(out), threads]
     child = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 120
@@ -170,7 +172,7 @@ def test_ctrl_c_saves_the_step_and_the_same_call_goes_on(
     uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, calls, real = tmp_path / "run", [0], StageData.batch
+    out, calls, real, before = tmp_path / "run", [0], StageData.batch, signal.getsignal(signal.SIGINT)
 
     def batch(self: StageData, packs: list[object]) -> object:
         calls[0] += 1
@@ -182,7 +184,7 @@ def test_ctrl_c_saves_the_step_and_the_same_call_goes_on(
     with pytest.raises(TinyLlavaEdgeError, match="interrupted at step") as stopped:
         run(tiny_checkpoint, LONG, files.qa, files, out)
     assert stopped.value.exit_code == 1 and "again" in stopped.value.hint and not out.exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     result = run(tiny_checkpoint, LONG, files.qa, files, out)
     assert 5 < result.resumed_from <= 9
     same_end(result, out, uninterrupted)
