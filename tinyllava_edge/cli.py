@@ -6,6 +6,7 @@ stdout is data, stderr is talk; `--json` prints one JSON document; exit codes: 0
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +61,7 @@ def main() -> None:
     except TinyLlavaEdgeError as error:
         fail(str(error), error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        fail("interrupted; nothing was left half-written", "run the same command again to continue", 1)
+        interrupted()
     except MemoryError:
         fail("out of memory", "close other programs, or choose a smaller build", 1)
     except BrokenPipeError:
@@ -88,12 +89,25 @@ def usage_exit(error: Exception) -> None:
     sys.exit(code)
 
 
+def interrupted() -> None:
+    """Say so and leave at once: after Ctrl-C inside exec'd code Python would end itself by signal, not with a code."""
+    explain("interrupted; nothing was left half-written", "run the same command again to continue")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def fail(message: str, hint: str, code: int) -> None:
-    """Print `error: …` and, after it, `hint: …` on stderr, and leave."""
+    """Explain and leave."""
+    explain(message, hint)
+    sys.exit(code)
+
+
+def explain(message: str, hint: str) -> None:
+    """Print `error: …` and, after it, `hint: …` on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
-    sys.exit(code)
 
 
 def talk(message: str) -> None:
