@@ -122,6 +122,7 @@ def _session(path: Path, n_threads: int, providers: Sequence[str]) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow llama.cpp's
     options.log_severity_level = 4  # failures arrive as exceptions; the rest is noise on stderr
     missing = [name for name in providers if name not in ort.get_available_providers()]
     if missing:
