@@ -32,6 +32,8 @@ def main(demo: Path, name: str) -> None:
         f"raw samples in `results/{name}.jsonl`.",
         f"Machine: {environments[-1].get('cpu', {}).get('model', 'unknown')}, shared and noisy: ratios are what lasts.",
         "",
+        "![Accuracy against time, size and memory](../docs/pareto.png)",
+        "",
         (demo / "table.md").read_text(encoding="utf-8").rstrip(),
         "",
         f"The table's accuracy is over {asked:,} of easy-VQA's test questions, the same ones for every row.",
