@@ -16,6 +16,7 @@ from typing import Any
 from .errors import BundleError, StorageError
 
 _CHUNK = 1 << 20  # bytes read at a time while hashing
+_SPARE = 1 << 16  # bytes; a native writer that failed with less left than this failed for want of space
 _FULL = 1 << 20  # bytes; with less left on the disk, a failed write is blamed on it
 _ASIDE = ".old"  # the directory that is being replaced
 _TMP = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<pid>\d+)$")
@@ -49,6 +50,19 @@ def safe_join(root: Path, relative: str) -> Path:
     return path
 
 
+def is_full(target: Path, needed: int = _SPARE) -> bool:
+    """Whether the disk that `target` lies on has less than `needed` bytes left.
+
+    For writers in C++ and numpy, which report a full disk without the system's error number, or not at all.
+    """
+    return shutil.disk_usage(target.parent).free < needed
+
+
+def no_space(target: Path) -> StorageError:
+    """The error to raise for a full disk, with the file's name."""
+    return StorageError(f"{target}: no space left on the device", "free some space or choose another -o")
+
+
 @contextlib.contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's write errors into a StorageError that names the file and the next step."""
@@ -56,9 +70,7 @@ def storage_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"{target}: no space left on the device", "free some space or choose another -o"
-            ) from error
+            raise no_space(target) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StorageError(f"{target}: {error.strerror}", "choose a place that you may write to with -o") from error
         raise
@@ -84,8 +96,8 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             _sync(temporary)
             _swap(temporary, target)
         except Exception as error:
-            if shutil.disk_usage(temporary).free < _FULL and not isinstance(error, StorageError):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error  # native code says it in other words
+            if is_full(target, _FULL) and not isinstance(error, StorageError):
+                raise no_space(target) from error  # native code says it in other words
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ class Scripted:
             raise KeyboardInterrupt
         self.shown.append(image.name)
         return [Answer(f" {image.name.upper()}", (1,), "stop", 1, 1) for _ in questions]
+
+    def answer_pictures(
+        self, items: Iterable[tuple[Path, Sequence[str]]], *, max_tokens: int = 16
+    ) -> Iterator[list[Answer]]:
+        return (self.answer_many(image, questions, max_tokens=max_tokens) for image, questions in items)
 
     def environment(self) -> dict[str, Any]:
         return {"runtime": self.name, "bundle_sha256": self._model}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, read_results
 from tinyllava_edge.benchmarks.stats import Interval, derangement, wilson
 from tinyllava_edge.errors import DataError
 from tinyllava_edge.files import storage_errors, write_text
-from tinyllava_edge.runtimes.base import Answer, Runtime
+from tinyllava_edge.runtimes.base import Runtime
 
 MAX_TOKENS = 16
 PICTURE, BLIND = "picture", "blind"  # stages of `answer` lines
@@ -170,7 +170,9 @@ def evaluate(
     done = _resume(out, environment, runtime, stage, rows)
     asked = [(name, [row for row in group if row.id not in done]) for name, group in groups.items()]
     asked = [(name, group) for name, group in asked if group]
-    for number, ((_, group), answers) in enumerate(zip(asked, _answers(runtime, asked, shown), strict=True), 1):
+    items = ((shown[name], [row.question for row in group]) for name, group in asked)
+    found = runtime.answer_pictures(items, max_tokens=MAX_TOKENS)
+    for number, ((_, group), answers) in enumerate(zip(asked, found, strict=True), 1):
         fresh = [_record(row, answer.text) for row, answer in zip(group, answers, strict=True)]
         part = EvalResult(runtime.name, runtime.build, stage, tuple(fresh), environment)
         _append(out, _samples(part, environment_sample(environment).environment_id, len(done)))
@@ -179,17 +181,6 @@ def evaluate(
             progress(f"{runtime.name} {runtime.build} {stage}: {number} of {len(asked)} pictures, {len(done)} answers")
     records = tuple(done[row.id] for row in chosen)
     return EvalResult(runtime.name, runtime.build, stage, records, environment)
-
-
-def _answers(
-    runtime: Runtime, asked: Sequence[tuple[str, Sequence[Row]]], shown: Mapping[str, Path]
-) -> Iterator[list[Answer]]:
-    """Answers picture by picture; a runtime that can batch pictures (the reference) is given all of them."""
-    items = ((shown[name], [row.question for row in group]) for name, group in asked)
-    batched = getattr(runtime, "answer_pictures", None)
-    if batched is not None:
-        return iter(batched(items, max_tokens=MAX_TOKENS))
-    return (runtime.answer_many(picture, questions, max_tokens=MAX_TOKENS) for picture, questions in items)
 
 
 def _rows(entry: Any, images: Path, where: str) -> list[Row]:

@@ -16,10 +16,9 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ExportError
-from ..files import new_file
+from ..files import is_full, new_file, no_space
 from ..prompt import get_template
 from .chat_template import chat_template
-from .storage import is_full, no_space
 from .tokenizer import check_tokenizer, read_vocabulary, write_vocabulary
 
 Progress = Callable[[str], None]

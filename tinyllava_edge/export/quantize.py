@@ -9,10 +9,9 @@ from pathlib import Path
 import gguf
 
 from ..errors import ExportError, UsageError
-from ..files import new_file
+from ..files import is_full, new_file, no_space
 from .llm import tensor_types
 from .native_log import captured
-from .storage import is_full, no_space
 
 # Name → llama_ftype. Types that need an importance matrix are left out: without one llama.cpp refuses them.
 LLM_TYPES: dict[str, int] = {

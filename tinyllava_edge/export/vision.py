@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from ..errors import ExportError
-from ..files import new_file
+from ..files import is_full, new_file, no_space
 from ..spec import ModelSpec
 from . import onnx_io
-from .storage import is_full, no_space
 
 OPSET = 20  # the first with a native Gelu, tanh form included
 IR_VERSION = 10
