@@ -75,7 +75,7 @@ def test_failures_name_the_file(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"llm\.gguf: llama.cpp can't quantise to q8_0 \(.*absent\.gguf"):
         quantize.quantize_gguf(tmp_path / "absent.gguf", target, "q8_0")
     data = source.read_bytes()
-    for name, damaged in (("cut", data[: len(data) // 2]), ("head", data[:100]), ("magic", b"XXXX" + data[4:])):
+    for name, damaged in (("cut", data[: len(data) // 2]), ("head", data[:100]), ("magic", b"NOPE" + data[4:])):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(ExportError, match=r"llm\.gguf: llama.cpp can't quantise"):
             quantize.quantize_gguf(tmp_path / name, target, "q8_0")
