@@ -32,7 +32,7 @@ def made(tmp_path: Path) -> Path:
 
 
 def test_builds(made: Path) -> None:
-    bundle = b.open_bundle(made)
+    bundle = b.read_bundle(made)
     assert list(bundle.builds()) == ["fp32+f16", "int8+f16", "fp32+q8_0", "int8+q8_0"]
     assert bundle.build().name == "fp32+f16"
     assert bundle.build("int8+q8_0").bytes == sum(
@@ -45,7 +45,7 @@ def test_builds(made: Path) -> None:
 
 
 def test_changed_truncated_and_missing_files_are_named(made: Path) -> None:
-    bundle = b.open_bundle(made)
+    bundle = b.read_bundle(made)
     path = made / "vision-int8.onnx"
     data = bytearray(path.read_bytes())
     data[7] ^= 1
@@ -62,7 +62,7 @@ def test_changed_truncated_and_missing_files_are_named(made: Path) -> None:
 
 
 def test_stamp_belongs_to_one_manifest(made: Path) -> None:
-    bundle = b.open_bundle(made)
+    bundle = b.read_bundle(made)
     build = bundle.build()
     with pytest.raises(UnverifiedError) as error:
         bundle.require_verified(build)
@@ -71,7 +71,7 @@ def test_stamp_belongs_to_one_manifest(made: Path) -> None:
     bundle.stamp({build.name: {"passed": True}, "int8+f16": {"passed": False}})
     assert bundle.is_verified(build) and not bundle.is_verified(bundle.build("int8+f16"))
     (made / "bundle.json").write_text((made / "bundle.json").read_text() + " ")
-    assert not b.open_bundle(made).is_verified(build)
+    assert not b.read_bundle(made).is_verified(build)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_wrong_manifests_are_refused(made: Path, change: dict[str, object]) -> N
     manifest = json.loads((made / "bundle.json").read_text())
     (made / "bundle.json").write_text(json.dumps({**manifest, **change}))
     with pytest.raises(BundleError, match=r"bundle\.json"):
-        b.open_bundle(made)
+        b.read_bundle(made)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,78 @@ def test_odd_entries_are_refused_in_one_short_line(made: Path, key: str, value: 
     manifest["files"][0][key] = value
     (made / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError) as error:
-        b.open_bundle(made)
+        b.read_bundle(made)
     assert len(error.value.message) < 300 + len(str(made)) and error.value.message.isprintable()
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    """Its GGUF has three shards and its vision graph keeps the weights beside itself; an mmproj and a text."""
+    root = tmp_path / "split"
+    root.mkdir()
+    shards = [f"llm-f16-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+    others = ["preprocess.onnx", "vision-fp32.onnx", "vision-fp32.onnx.data", "mmproj-m-f16.gguf", "Modelfile"]
+    for name in [*shards, *others]:
+        (root / name).write_bytes(name.encode() * 10)
+    files = [
+        b.describe_file(root, "preprocess.onnx", "preprocess", "uint8", {}),
+        b.describe_file(root, "vision-fp32.onnx", "vision", "fp32", {}, ["vision-fp32.onnx.data"]),
+        b.describe_file(root, shards[0], "llm", "f16", {"f16": 3}, shards[1:]),
+        b.describe_file(root, "mmproj-m-f16.gguf", "mmproj", "f16", {}),
+        b.describe_file(root, "Modelfile", "text", "text", {}),
+    ]
+    b.write_manifest(root, model_spec(DEFAULT_VARIANT), files, {"name": "c", "sha256": "0"}, {"onnx": "1"})
+    return root
+
+
+def test_parts_are_found_counted_and_checked(split: Path) -> None:
+    bundle = b.read_bundle(split)
+    (build,) = bundle.builds().values()
+    names = {p.name for p in split.iterdir()}
+    assert {p.name for file in bundle.files for p in bundle.paths(file)} == names - {"bundle.json"}
+    assert bundle.path(build.llm).name == "llm-f16-00001-of-00003.gguf"
+    assert [p.name[8:13] for p in bundle.paths(build.llm)] == ["00001", "00002", "00003"]
+    extra = ("Modelfile", "mmproj-m-f16.gguf", "bundle.json")
+    assert build.bytes == sum(10 * len(name) for name in names if name not in extra)
+    bundle.check()
+    (split / "Modelfile").unlink()
+    bundle.check(build)  # running needs no text
+    with pytest.raises(BundleError, match="Modelfile: missing"):
+        bundle.check()
+    for name in ("vision-fp32.onnx.data", "llm-f16-00003-of-00003.gguf"):
+        data = (split / name).read_bytes()
+        (split / name).write_bytes(b"x" + data[1:])
+        with pytest.raises(BundleError, match=f"{name}: its SHA-256"):
+            bundle.check(build)
+        (split / name).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        "llm",
+        [{"path": "../x", "sha256": "0", "bytes": 1}],
+        [{"path": "x", "sha256": "0"}],
+        [{"path": "x", "sha256": "0", "bytes": True}],
+        [{"path": "x", "sha256": "0", "bytes": -1}],
+        [{"path": "preprocess.onnx", "sha256": "0", "bytes": 1}],
+        [3],
+    ],
+)
+def test_odd_parts_are_refused(split: Path, parts: object) -> None:
+    """Also a part that leaves the bundle, and a file that is listed twice."""
+    manifest = json.loads((split / "bundle.json").read_text())
+    manifest["files"][2]["parts"] = parts
+    (split / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as error:
+        b.read_bundle(split)
+    assert len(error.value.message) < 300 + len(str(split)) and error.value.message.isprintable()
+
+
+def test_manifests_without_parts_stay_as_they_were(made: Path) -> None:
+    """What earlier versions wrote opens, and files without parts are written that way still."""
+    assert all("parts" not in entry for entry in json.loads((made / "bundle.json").read_text())["files"])
+    assert all(file.parts == () for file in b.read_bundle(made).files)
 
 
 @pytest.mark.parametrize("entry", ["../llm.gguf", "/etc/passwd"])
@@ -111,15 +181,15 @@ def test_entries_can_not_leave_the_bundle(made: Path, entry: str) -> None:
     manifest["files"][0]["path"] = entry
     (made / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="leaves the bundle"):
-        b.open_bundle(made)
+        b.read_bundle(made)
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle\.json"):
-        b.open_bundle(tmp_path)
+        b.read_bundle(tmp_path)
     (tmp_path / "bundle.json").write_text("[" * 100_000)
     with pytest.raises(BundleError, match="not valid JSON"):
-        b.open_bundle(tmp_path)
+        b.read_bundle(tmp_path)
     (tmp_path / "bundle.json").write_text('{"schema_version": 1,')
     with pytest.raises(BundleError, match="not valid JSON"):
-        b.open_bundle(tmp_path)
+        b.read_bundle(tmp_path)

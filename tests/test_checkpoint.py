@@ -52,6 +52,76 @@ def test_round_trip_keeps_every_tensor(tiny_checkpoint: Path, tmp_path: Path) ->
         checkpoint.save(loaded.model, loaded.tokenizer, loaded.spec, tmp_path / "again")
 
 
+def test_parts_alone(tiny_checkpoint: Path) -> None:
+    """Tower and connector without the language model, and the language model's tensors by name: bit for bit."""
+    whole = checkpoint.load(tiny_checkpoint).model
+    vision, spec = checkpoint.load_vision(tiny_checkpoint)
+    assert spec == checkpoint.load_spec(tiny_checkpoint)
+    pixels = torch.randn(2, 3, spec.image_size, spec.image_size)
+    with torch.no_grad():
+        wanted = whole.model.multi_modal_projector(whole.tower_features(pixels))
+        assert torch.equal(vision.model.multi_modal_projector(vision.tower_features(pixels)), wanted)
+    assert not list(vision.model.language_model.parameters()) and not hasattr(vision, "lm_head")
+    llm = checkpoint.llm_source(tiny_checkpoint)
+    names = {f"model.{name}": tensor for name, tensor in whole.model.language_model.state_dict().items()}
+    names["lm_head.weight"] = whole.lm_head.weight
+    assert set(llm.infos) == set(names) and llm.config.model_type == "llama"
+    for name, tensor in names.items():
+        assert torch.equal(llm.get(name), tensor) and llm.infos[name].shape == tuple(tensor.shape), name
+
+
+def test_other_programs_know_the_architecture(tiny_checkpoint: Path) -> None:
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "resize", "kind"),
+    [
+        ("siglip2", "warp", 0, "SiglipImageProcessor"),
+        ("dinov2", "crop", 80, "BitImageProcessor"),
+        ("clip", "crop", 0, "CLIPImageProcessor"),
+    ],
+)
+def test_processors(family: str, policy: str, resize: int, kind: str, tiny_checkpoint: Path) -> None:
+    """Each family's processor takes the numbers of the spec; `crop` brings the shortest edge to crop_resize first."""
+    import dataclasses
+
+    from PIL import Image
+
+    spec = checkpoint.load_spec(tiny_checkpoint)
+    spec = dataclasses.replace(spec, vision_family=family, image_policy=policy, crop_resize=resize)
+    config = checkpoint.processor_config(spec)
+    assert config["image_processor_type"] == kind
+    assert config["size"].get("shortest_edge") == ({"warp": None, "crop": resize or 64}[policy])
+    picture = Image.new("RGB", (90, 50), (255, 0, 0))
+    pixels = checkpoint.image_processor(spec)(picture, return_tensors="pt")["pixel_values"]
+    assert tuple(pixels.shape) == (1, 3, 64, 64)
+    assert pixels[0, 0].min() == pixels[0, 0].max() == pytest.approx((1 - spec.image_mean[0]) / spec.image_std[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text_config": 3},
+        {"vision_config": {"model_type": "siglip_vision_model", "hidden_size": "192"}},
+        {"text_config": {"model_type": "qwen2", "num_hidden_layers": 1 << 40}},
+        {"text_config": {"model_type": "no such model"}},
+        {"connector": "no such connector"},
+        {"vision_feature_layer": "last"},
+    ],
+)
+def test_hostile_configuration(change: dict[str, object], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Wrong types and sizes beyond any model: one error that names the file, before memory is asked for."""
+    root = damaged(tiny_checkpoint, tmp_path / "hostile")
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, **change}))
+    for opening in (checkpoint.load, checkpoint.load_vision, checkpoint.llm_source):
+        with pytest.raises(CheckpointError, match="hostile") as caught:
+            opening(root)
+        assert "\n" not in str(caught.value)
+
+
 def damaged(tiny: Path, out: Path) -> Path:
     shutil.copytree(tiny, out)
     return out

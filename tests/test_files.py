@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava_edge.errors import BundleError, StorageError
-from tinyllava_edge.files import new_directory, new_file, safe_join, sha256_tree, storage_errors
+from tinyllava_edge.files import new_directory, new_file, safe_join, sha256_tree, storage_errors, write_text
 
 
 def test_new_directory_appears_at_the_end_or_never(tmp_path: Path) -> None:
@@ -65,6 +65,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(finished: bool, tmp_path: 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_two_runs_into_one_place(tmp_path: Path) -> None:
+    """The second to end replaces nothing."""
+    with pytest.raises(StorageError, match="another run"), new_directory(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("first")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "first"
+
+
 def test_new_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
     target = tmp_path / "f"
     target.write_text("old")
@@ -99,3 +107,12 @@ def test_tree_hash_sees_names_and_bytes(tmp_path: Path) -> None:
     second = sha256_tree(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({first, second, sha256_tree(tmp_path)}) == 3
+
+
+def test_a_pipe_or_a_directory_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(StorageError, match="no regular file"):
+            write_text(tmp_path / name, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()

@@ -60,6 +60,27 @@ def test_token_counts() -> None:
     assert spec.model_spec(spec.DEFAULT_VARIANT).visual_tokens == 64
 
 
+def test_tower_tokens() -> None:
+    """What the connector reads: patches and class token, less the first where the strategy drops it."""
+    clip, siglip = (spec.model_spec(f"TinyLLaVA-base-{name}-Phi") for name in ("C", "Sig"))
+    assert (clip.patches, clip.feature_tokens) == (576, 576)
+    assert dataclasses.replace(clip, select_strategy="full").feature_tokens == 577
+    assert (siglip.patches, siglip.feature_tokens) == (729, 729)
+    assert dataclasses.replace(siglip, select_strategy="default").feature_tokens == 728
+    dinov2 = dataclasses.replace(clip, vision_family="dinov2", image_size=224)
+    assert dinov2.feature_tokens == 256
+
+
+def test_optional_fields() -> None:
+    """A spec that was written before they existed is read with their defaults."""
+    good = spec.model_spec("TinyLLaVA-share-C-TL").to_dict()
+    old = {key: value for key, value in good.items() if key not in ("crop_resize", "resample")}
+    assert spec.ModelSpec.from_dict(old, "x").to_dict() == good
+    assert (good["crop_resize"], good["resample"]) == (0, "bicubic")
+    changed = spec.ModelSpec.from_dict({**good, "crop_resize": 384, "resample": "bilinear"}, "x")
+    assert (changed.crop_resize, changed.resample) == (384, "bilinear")
+
+
 def test_spec_json_round_trip_and_refusals() -> None:
     good = spec.model_spec("TinyLLaVA-share-C-TL")
     assert spec.ModelSpec.from_dict(good.to_dict(), "x") == good
@@ -69,6 +90,11 @@ def test_spec_json_round_trip_and_refusals() -> None:
         {"template": 3},
         {"pad_color": [1, 2]},
         {"extra": 1},
+        {"crop_resize": 100},
+        {"crop_resize": -1},
+        {"crop_resize": True},
+        {"resample": "lanczos"},
+        {"vision_family": "dino"},
     ):
         with pytest.raises(CheckpointError, match="x: "):
             spec.ModelSpec.from_dict({**good.to_dict(), **change}, "x")

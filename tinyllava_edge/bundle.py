@@ -4,9 +4,13 @@
     preprocess.onnx     uint8 RGB (1, H, W, 3) → pixel_values float32 (1, 3, S, S)
     vision-fp32.onnx    pixel_values (B, 3, S, S) → image_embeds (B, T, D), image_features (B, T, V)
     vision-int8.onnx    the same graph, quantised
-    llm-f16.gguf        token embedding + decoder + tokenizer; one file per LLM type
+    llm-f16.gguf        token embedding + decoder + tokenizer; one file, or one set of shards, per LLM type
+    mmproj-….gguf       tower + connector for llama.cpp's own programs; optional
+    web/                transformers.js layout; optional
+    Modelfile, …        texts for people and other programs; optional
     verified.json       written by `verify` for this very bundle.json; names the builds that passed
 
+A file may have parts: the further shards of a GGUF, or the weights that an ONNX graph keeps beside itself.
 A build is a vision precision × an LLM type, named `{vision}+{llm}`, e.g. `int8+q4_k_m`.
 """
 
@@ -15,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,20 @@ SCHEMA_VERSION = 1
 MANIFEST = "bundle.json"
 STAMP = "verified.json"
 MAX_MANIFEST_BYTES = 4 << 20
-ROLES = ("preprocess", "vision", "llm")
+ROLES = ("preprocess", "vision", "llm")  # what every bundle holds
+OPTIONAL_ROLES = ("mmproj", "web", "text")
+
+
+@dataclass(frozen=True)
+class BundlePart:
+    """A file that belongs to another one: a GGUF's further shard, an ONNX graph's weights."""
+
+    path: str
+    """relative to the bundle, forward slashes"""
+    sha256: str
+    """hex digest of the file's bytes"""
+    bytes: int
+    """file size in bytes"""
 
 
 @dataclass(frozen=True)
@@ -38,15 +55,27 @@ class BundleFile:
     path: str
     """relative to the bundle, forward slashes"""
     role: str
-    """`preprocess`, `vision` or `llm`"""
+    """one of ROLES or OPTIONAL_ROLES"""
     precision: str
-    """vision: fp32, int8 …; llm: f16, q8_0, q4_k_m …"""
+    """vision: fp32, int8 …; llm and mmproj: f16, q8_0, q4_k_m …; web: fp32, q4 …; `text` for texts"""
     sha256: str
     """hex digest of the file's bytes"""
     bytes: int
     """file size in bytes"""
     tensor_types: Mapping[str, int] = field(default_factory=dict)
-    """type → number of tensors, read back from the written file"""
+    """type → number of tensors, read back from the written file and its parts"""
+    parts: tuple[BundlePart, ...] = ()
+    """files that are opened together with this one, in order"""
+
+    @property
+    def entries(self) -> tuple[BundleFile | BundlePart, ...]:
+        """The file and its parts."""
+        return (self, *self.parts)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the file and its parts in bytes."""
+        return sum(entry.bytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,12 @@ class Build:
     @property
     def bytes(self) -> int:
         """What this build takes on the device's disk, in bytes."""
-        return self.preprocess.bytes + self.vision.bytes + self.llm.bytes
+        return sum(file.total_bytes for file in self.files)
+
+    @property
+    def files(self) -> tuple[BundleFile, ...]:
+        """The files that running this build opens."""
+        return (self.preprocess, self.vision, self.llm)
 
 
 @dataclass(frozen=True)
@@ -106,24 +140,35 @@ class Bundle:
             raise UsageError(f"{self.root}: no build {name!r}", f"it holds: {', '.join(builds)}")
         return builds[name]
 
-    def path(self, file: BundleFile) -> Path:
-        """Absolute place of a file, certain to lie inside the bundle."""
+    def path(self, file: BundleFile | BundlePart) -> Path:
+        """Absolute place of a file, certain to lie inside the bundle; of a GGUF in shards, the first."""
         return safe_join(self.root, file.path)
 
+    def paths(self, file: BundleFile) -> tuple[Path, ...]:
+        """Absolute places of a file and its parts, in order."""
+        return tuple(self.path(entry) for entry in file.entries)
+
     def check(self, build: Build | None = None) -> None:
-        """Compare sizes and hashes of a build's files, or of all files. Raises BundleError at the first bad one."""
-        chosen = self.files if build is None else (build.preprocess, build.vision, build.llm)
-        for file in chosen:
-            path = self.path(file)
+        """Compare sizes and hashes of a build's files, or of all files, parts included.
+
+        Raises:
+            BundleError: at the first bad one.
+        """
+        self.check_files(self.files if build is None else build.files)
+
+    def check_files(self, files: Sequence[BundleFile]) -> None:
+        """Compare sizes and hashes of some files, parts included. Raises BundleError at the first bad one."""
+        for entry in [entry for file in files for entry in file.entries]:
+            path = self.path(entry)
             if not path.is_file():
                 raise BundleError(f"{path}: missing", "copy the whole bundle again, or export it again")
             size = path.stat().st_size
-            if size != file.bytes:
+            if size != entry.bytes:
                 raise BundleError(
-                    f"{path}: {size:,} bytes, {file.bytes:,} expected",
+                    f"{path}: {size:,} bytes, {entry.bytes:,} expected",
                     "copy the file again; it is truncated or changed",
                 )
-            if sha256_file(path) != file.sha256:
+            if sha256_file(path) != entry.sha256:
                 raise BundleError(
                     f"{path}: its SHA-256 differs from bundle.json", "copy the file again; its content was changed"
                 )
@@ -157,7 +202,7 @@ class Bundle:
         write_json(self.root / STAMP, {"bundle_sha256": self.sha256, "builds": dict(records)})
 
 
-def open_bundle(root: str | Path) -> Bundle:
+def read_bundle(root: str | Path) -> Bundle:
     """Read and check a bundle's manifest; files are opened by who needs them.
 
     Raises:
@@ -181,6 +226,9 @@ def open_bundle(root: str | Path) -> Bundle:
     if not isinstance(entries, list):
         raise BundleError(f"{path}: `files` is not a list", "export the bundle again")
     files = tuple(_file(path, root, entry) for entry in entries)
+    paths = [entry.path for file in files for entry in file.entries]
+    if len(set(paths)) != len(paths):
+        raise BundleError(f"{path}: lists a file twice", "export the bundle again")
     for role in ROLES:
         if not any(f.role == role for f in files):
             raise BundleError(f"{path}: lists no {role} file", "export the bundle again")
@@ -195,10 +243,17 @@ def open_bundle(root: str | Path) -> Bundle:
     )
 
 
-def describe_file(root: Path, path: str, role: str, precision: str, tensor_types: Mapping[str, int]) -> BundleFile:
-    """Manifest entry of a file that was just written below `root`."""
+def describe_file(
+    root: Path, path: str, role: str, precision: str, tensor_types: Mapping[str, int], parts: Sequence[str] = ()
+) -> BundleFile:
+    """Manifest entry of a file that was just written below `root`, and of the parts that belong to it."""
+    described = tuple(BundlePart(part, *_measure(root, part)) for part in parts)
+    return BundleFile(path, role, precision, *_measure(root, path), dict(tensor_types), described)
+
+
+def _measure(root: Path, path: str) -> tuple[str, int]:
     full = safe_join(root, path)
-    return BundleFile(path, role, precision, sha256_file(full), full.stat().st_size, dict(tensor_types))
+    return sha256_file(full), full.stat().st_size
 
 
 def write_manifest(
@@ -211,7 +266,7 @@ def write_manifest(
             "schema_version": SCHEMA_VERSION,
             "name": spec.name,
             "model": spec.to_dict(),
-            "files": [asdict(file) for file in files],
+            "files": [{key: value for key, value in asdict(file).items() if key != "parts" or value} for file in files],
             "source": dict(source),
             "tool_versions": dict(tool_versions),
         },
@@ -248,16 +303,29 @@ def _strings(path: Path, value: Mapping[str, Any], key: str) -> dict[str, str]:
     return dict(entry)
 
 
+_PART_KEYS = {"path": str, "sha256": str, "bytes": int}
+_FILE_KEYS = {**_PART_KEYS, "role": str, "precision": str, "tensor_types": dict}
+
+
 def _file(path: Path, root: Path, entry: Any) -> BundleFile:
-    wanted = {"path": str, "role": str, "precision": str, "sha256": str, "bytes": int, "tensor_types": dict}
+    parts = entry.get("parts", []) if isinstance(entry, dict) else []
+    if not isinstance(parts, list):
+        raise BundleError(f"{path}: a file's 'parts' is not a list", "export the bundle again")
+    plain = {key: value for key, value in entry.items() if key != "parts"} if isinstance(entry, dict) else entry
+    _check_entry(path, root, plain, _FILE_KEYS)
+    if plain["role"] not in ROLES + OPTIONAL_ROLES or not re.fullmatch(r"[a-z0-9_]{1,32}", plain["precision"]):
+        raise BundleError(f"{path}: a file has an odd role or precision: {plain['role'][:40]!r}", "export it again")
+    for part in parts:
+        _check_entry(path, root, part, _PART_KEYS)
+    return BundleFile(**plain, parts=tuple(BundlePart(**part) for part in parts))
+
+
+def _check_entry(path: Path, root: Path, entry: Any, wanted: Mapping[str, type]) -> None:
     if not isinstance(entry, dict) or set(entry) != set(wanted):
-        raise BundleError(f"{path}: a file entry has the wrong keys: {str(entry)[:200]}", "export the bundle again")
+        raise BundleError(f"{path}: a file entry has the wrong keys: {str(entry)[:200]!r}", "export the bundle again")
     for key, kind in wanted.items():
         if not isinstance(entry[key], kind) or isinstance(entry[key], bool):
             raise BundleError(f"{path}: a file's {key!r} has the wrong type", "export the bundle again")
-    if not re.fullmatch(r"[a-z0-9_]{1,32}", entry["precision"]) or not _plain(entry["path"]):
-        raise BundleError(f"{path}: a file has an odd path or precision", "export the bundle again")
-    if entry["role"] not in ROLES or not 0 <= entry["bytes"] < 1 << 63:
-        raise BundleError(f"{path}: a file has role {entry['role'][:40]!r} and an odd size", "export the bundle again")
+    if not _plain(entry["path"]) or not 0 <= entry["bytes"] < 1 << 63:
+        raise BundleError(f"{path}: a file has an odd path or size", "export the bundle again")
     safe_join(root, entry["path"])
-    return BundleFile(**entry)

@@ -94,6 +94,8 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         try:
             yield temporary
             _sync(temporary)
+            if target.exists() and not force:
+                raise StorageError(f"{target} was made by another run meanwhile", "name another place with -o")
             _swap(temporary, target)
         except Exception as error:
             if is_full(target, _FULL) and not isinstance(error, StorageError):
@@ -108,6 +110,8 @@ def new_file(target: Path, *, force: bool = True) -> Iterator[Path]:
     """A file name to write to that becomes `target` when the block ends well, and vanishes when it doesn't."""
     if target.exists() and not force:
         raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
+    if target.exists() and not target.is_file():  # a rename would put a file in a device's or a pipe's place
+        raise StorageError(f"{target} is no regular file", "name a file; `> FILE` redirects what is printed")
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
@@ -128,7 +132,12 @@ def write_text(target: Path, text: str) -> None:
 
 def write_json(target: Path, value: Any) -> None:
     """Write JSON with sorted keys left as given, two-space indent, one newline at the end."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(target, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What write_json writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -22,20 +22,23 @@ _HINT = "give a PNG, JPEG, WebP, BMP, GIF or TIFF picture"
 RgbImage = npt.NDArray[np.uint8]  # (height, width, 3)
 
 
-def load_image(source: str | Path | bytes) -> RgbImage:
+def load_image(source: str | Path | bytes, name: str | None = None) -> RgbImage:
     """Read one picture as upright RGB.
 
     Args:
         source: a path, or the file's bytes.
+        name: what messages call it; the path by default.
 
     Returns:
-        uint8, shape (height, width, 3). EXIF rotation applied; alpha dropped as `convert("RGB")` does; 16-bit grey
-        scaled to 8; the first frame of an animation.
+        uint8, shape (height, width, 3). EXIF rotation applied; alpha dropped as `convert("RGB")` does, because the
+        models were trained on pictures read so (transformers 5's processors lay transparent files on white); 16-bit
+        grey scaled to 8; the first frame of an animation.
 
     Raises:
         ImageError: missing, not a picture, truncated, or beyond MAX_FILE_BYTES, MAX_PIXELS, MAX_SIDE, MAX_ASPECT.
     """
-    name, data = _read(source)
+    found, data = read_bytes(source)
+    name = name or found
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
@@ -77,7 +80,8 @@ def pad_to_square(image: RgbImage, color: tuple[int, int, int]) -> RgbImage:
     return square
 
 
-def _read(source: str | Path | bytes) -> tuple[str, bytes]:
+def read_bytes(source: str | Path | bytes) -> tuple[str, bytes]:
+    """A picture file's name for messages and its bytes. Raises ImageError: missing, empty, or over MAX_FILE_BYTES."""
     if isinstance(source, bytes):
         name, data = f"image of {len(source)} bytes", source
     else:

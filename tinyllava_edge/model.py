@@ -3,45 +3,67 @@
 Legend: b pictures, p patches kept, v tower width, h language-model width, n positions.
 
 The class is transformers' own, so `from_pretrained`, `generate` and Trainer know it. What it adds: connectors from a
-table, and an output head that keeps its bias (Phi-2), which stock Llava drops with no more than a warning.
+table, SigLIP 2's NaFlex towers at one square size, and an output head that keeps its bias (Phi-2), which stock Llava
+drops with no more than a warning. Towers: CLIP, SigLIP (SigLIP 2's fixed-resolution checkpoints are plain SigLIP
+configurations), SigLIP 2 NaFlex, DINOv2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration, Siglip2VisionModel
 
+from .connectors import CONNECTORS, DeepMlpConnector, MlpConnector, ResamplerConnector, build_connector
 from .errors import CheckpointError, UsageError
+from .llava_config import MODEL_TYPE, TinyLlavaConfig
 from .spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, variant
 
-MODEL_TYPE = "tinyllava_edge"  # written only when stock Llava can't represent the model
+__all__ = [
+    "CONNECTORS",
+    "MODEL_TYPE",
+    "DeepMlpConnector",
+    "MlpConnector",
+    "ResamplerConnector",
+    "SquareSiglip2",
+    "TinyLlava",
+    "TinyLlavaConfig",
+    "build_config",
+    "build_connector",
+    "build_model",
+    "build_tower",
+    "count_parameters",
+    "has_head_bias",
+    "is_dead",
+    "needs_own_type",
+    "tower_layer",
+]
+
+STOCK_CONNECTOR = "mlp2x_gelu"
+SIGLIP2_TYPE = "siglip2_vision_model"
 
 
-class MlpConnector(nn.Module):
-    """Two linear layers with exact GELU between them (paper §4.1.1); names as in Llava's own projector."""
+class SquareSiglip2(Siglip2VisionModel):
+    """SigLIP 2's NaFlex tower fed whole square pictures, as every other tower is.
 
-    def __init__(self, vision_width: int, text_width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(vision_width, text_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(text_width, text_width)
+    Equal to the Hugging Face class given the same picture's patches, a mask of ones and the square's patch counts.
+    The position embeddings are resized to that grid, as the class does.
+    """
 
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        """(b, p, v) → (b, p, h)."""
-        return self.linear_2(self.act(self.linear_1(image_features)))
-
-
-CONNECTORS: dict[str, Callable[[int, int], nn.Module]] = {"mlp2x_gelu": MlpConnector}
-
-
-class TinyLlavaConfig(LlavaConfig):
-    """Llava's configuration under our own model type, so that stock Llava refuses what it would answer wrongly."""
-
-    model_type = MODEL_TYPE
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """(b, 3, s, s) → the class's output; `hidden_states` holds (b, p, v)."""
+        side = int(self.config.patch_size)
+        rows, columns = pixel_values.shape[2] // side, pixel_values.shape[3] // side
+        patches = pixel_values.unflatten(3, (columns, side)).unflatten(
+            2, (rows, side)
+        )  # (b, 3, rows, side, cols, side)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, p, side · side · 3)
+        shapes = torch.tensor([[rows, columns]] * len(patches), dtype=torch.long, device=patches.device)
+        return super().forward(patches, pixel_attention_mask=None, spatial_shapes=shapes, **kwargs)
 
 
 class TinyLlava(LlavaForConditionalGeneration):
@@ -49,12 +71,13 @@ class TinyLlava(LlavaForConditionalGeneration):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        name = getattr(config, "connector", "mlp2x_gelu")
-        if name not in CONNECTORS:
-            raise CheckpointError(f"unknown connector {name!r}", f"known: {', '.join(CONNECTORS)}")
         vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.model.multi_modal_projector = CONNECTORS[name](vision, text)
-        if needs_own_type(config.text_config):
+        self.model.multi_modal_projector = build_connector(
+            getattr(config, "connector", STOCK_CONNECTOR), vision, text, getattr(config, "connector_options", None)
+        )
+        if config.vision_config.model_type == SIGLIP2_TYPE:
+            self.model.vision_tower = build_tower(config.vision_config)
+        if has_head_bias(config.text_config):
             self.lm_head = nn.Linear(text, config.text_config.vocab_size, bias=True)
         self.post_init()
 
@@ -80,19 +103,45 @@ class TinyLlava(LlavaForConditionalGeneration):
         return embeds.masked_scatter(slots.unsqueeze(-1), image_embeds)
 
 
-def needs_own_type(text_config: Any) -> bool:
-    """Whether stock Llava would lose part of this language model: a biased head (Phi)."""
-    return text_config.model_type == "phi"
+def build_tower(vision_config: Any) -> nn.Module:
+    """The tower of a configuration with random weights, taking (b, 3, s, s) whatever its family."""
+    if vision_config.model_type == SIGLIP2_TYPE:
+        return SquareSiglip2._from_config(vision_config)
+    tower: nn.Module = AutoModel.from_config(vision_config)
+    return tower
+
+
+def has_head_bias(text_config: Any) -> bool:
+    """Whether the language model's output head has a bias, which stock Llava would drop (Phi)."""
+    return bool(text_config.model_type == "phi")
+
+
+def needs_own_type(connector: str, vision_family: str, text_config: Any) -> bool:
+    """Whether stock Llava can't represent the model, so that the checkpoint must carry our own architecture name.
+
+    Args:
+        connector: key of CONNECTORS.
+        vision_family: `ModelSpec.vision_family`, or the `model_type` of the tower's configuration.
+        text_config: the language model's configuration.
+    """
+    return connector != STOCK_CONNECTOR or vision_family in ("siglip2", SIGLIP2_TYPE) or has_head_bias(text_config)
 
 
 def build_config(
-    spec: ModelSpec, vision_config: Mapping[str, Any], text_config: Mapping[str, Any], image_token_id: int
+    spec: ModelSpec,
+    vision_config: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    image_token_id: int,
+    connector_options: Mapping[str, int] | None = None,
 ) -> LlavaConfig:
-    """Llava configuration of a spec and two backbone configurations."""
-    text = AutoConfig.for_model(**text_config)
-    config_class = TinyLlavaConfig if needs_own_type(text) else LlavaConfig
-    config = config_class(
-        vision_config=AutoConfig.for_model(**vision_config),
+    """Llava configuration of a spec and two backbone configurations; `connector_options` as `build_connector`."""
+    text = AutoConfig.for_model(**copy.deepcopy(dict(text_config)))  # transformers writes into what it is given
+    own = needs_own_type(spec.connector, spec.vision_family, text)
+    vision = AutoConfig.for_model(**vision_config)
+    if spec.vision_family == "siglip2":
+        vision.image_size = spec.image_size  # NaFlex configurations know no size
+    config = (TinyLlavaConfig if own else LlavaConfig)(
+        vision_config=vision,
         text_config=text,
         image_token_index=image_token_id,
         projector_hidden_act="gelu",
@@ -100,21 +149,24 @@ def build_config(
         vision_feature_layer=spec.feature_layer,
         image_seq_length=spec.visual_tokens,
         tie_word_embeddings=bool(text_config.get("tie_word_embeddings", False)),
+        architectures=["TinyLlava" if own else "LlavaForConditionalGeneration"],
     )
-    if spec.connector != "mlp2x_gelu":
+    if spec.connector != STOCK_CONNECTOR:
         config.connector = spec.connector
+    if connector_options:
+        config.connector_options = dict(connector_options)
     return config
 
 
 def build_model(
-    spec: ModelSpec, vision_config: Mapping[str, Any], text_config: Mapping[str, Any], image_token_id: int
+    spec: ModelSpec,
+    vision_config: Mapping[str, Any],
+    text_config: Mapping[str, Any],
+    image_token_id: int,
+    connector_options: Mapping[str, int] | None = None,
 ) -> TinyLlava:
     """A model with random float32 weights on the default device (`torch.device("meta")` to count only)."""
-    model = TinyLlava(build_config(spec, vision_config, text_config, image_token_id))
-    model.config.architectures = [
-        "TinyLlava" if needs_own_type(model.config.text_config) else "LlavaForConditionalGeneration"
-    ]
-    return model
+    return TinyLlava(build_config(spec, vision_config, text_config, image_token_id, connector_options))
 
 
 def count_parameters(name: str) -> dict[str, int]:
@@ -145,14 +197,23 @@ def count_parameters(name: str) -> dict[str, int]:
 
 
 def is_dead(key: str, feature_layer: int, layers: int) -> bool:
-    """Whether a tower parameter never reaches the features that the connector reads."""
+    """Whether a tower parameter never reaches the features that the connector reads.
+
+    Dead are the layers from the feature layer on, the last norm, the pooling head and DINOv2's mask token.
+    """
     if ".vision_tower." not in key:
         return False
-    if ".post_layernorm." in key or ".head." in key:
+    if any(part in key for part in (".post_layernorm.", ".vision_tower.layernorm.", ".head.", ".mask_token")):
         return True
-    parts = key.split(".")
-    if "layers" not in parts:
-        return False
-    index = int(parts[parts.index("layers") + 1])
+    index = tower_layer(key)
     used = feature_layer + layers + 1 if feature_layer < 0 else feature_layer
-    return index >= used
+    return index is not None and index >= used
+
+
+def tower_layer(key: str) -> int | None:
+    """Encoder layer that a tower's parameter belongs to; none for embeddings, norms and heads."""
+    parts = key.split(".")
+    for name in ("layers", "layer"):  # DINOv2 says `layer`
+        if name in parts[:-1] and parts[parts.index(name) + 1].isdigit():
+            return int(parts[parts.index(name) + 1])
+    return None

@@ -1,8 +1,9 @@
 """Conversations → pieces of a prompt: text, an image, end-of-turn marks. Strings equal TinyLLaVA Factory's main.
 
 A prompt is a list of pieces rather than one string, so that text typed by a user can never become a special token and
-an answer's span is known without tokenising twice. Text is tokenised piece by piece around the image, as upstream does;
-the beginning-of-sequence token is added once, in front of the first piece.
+an answer's span is known without tokenising twice; upstream parses special tokens out of what users type, which is the
+one deliberate difference. Text between two of image, end-of-turn mark and the ends is one section, tokenised as a
+whole, as upstream does; the beginning-of-sequence token is added once, in front of the first one.
 """
 
 from __future__ import annotations
@@ -70,6 +71,21 @@ Piece = Text | Image | EndOfTurn
 
 
 @dataclass(frozen=True)
+class Section:
+    """Neighbouring texts, which are tokenised together: merges may cross from a question into its answer."""
+
+    texts: tuple[Text, ...]
+    """what it is made of"""
+    starts: bool
+    """whether a chunk starts here, at the beginning or after the image; else an end-of-turn mark stands in front"""
+
+    @property
+    def text(self) -> str:
+        """What is tokenised."""
+        return "".join(piece.text for piece in self.texts)
+
+
+@dataclass(frozen=True)
 class Turn:
     """One question and, unless it is the open last one, its answer."""
 
@@ -77,6 +93,8 @@ class Turn:
     """the human's words; `<image>` in it marks the picture"""
     answer: str | None = None
     """the assistant's words; None opens the turn for generation"""
+    images: int = 0
+    """pictures in front of the question, each followed by a newline; a marker in the question is one more"""
 
 
 def get_template(name: str) -> Template:
@@ -89,8 +107,9 @@ def get_template(name: str) -> Template:
 def build(turns: Sequence[Turn], template: Template) -> list[Piece]:
     """Pieces of a conversation, for training (all turns answered) or inference (the last answer is None).
 
-    `<image>` anywhere in a turn moves to the turn's front and a newline follows it, as upstream does. Inference ends
-    with `ASSISTANT:` and no space after it: with one, these models repeat themselves.
+    As upstream does: `<image>` anywhere in a turn moves to the turn's front, the rest is stripped, and a newline parts
+    them unless the rest is empty; a turn without it stays as it is. Inference ends with `ASSISTANT:` and no space after
+    it: with one, these models repeat themselves.
     """
     if not turns:
         raise UsageError("a conversation needs at least one turn")
@@ -102,9 +121,10 @@ def build(turns: Sequence[Turn], template: Template) -> list[Piece]:
     for turn in turns:
         question, has_image = take_image_marker(turn.question)
         pieces.append(Text("USER: "))
-        if has_image:
-            pieces.append(Image())
-            question = "\n" + question
+        for _ in range(turn.images + has_image):
+            pieces += [Image(), Text("\n")]
+        if (turn.images or has_image) and not question:
+            pieces.pop()
         pieces.append(Text(question + " ASSISTANT:"))
         if turn.answer is not None:
             pieces.append(Text(" " + turn.answer, is_answer=True))
@@ -113,9 +133,9 @@ def build(turns: Sequence[Turn], template: Template) -> list[Piece]:
 
 
 def take_image_marker(question: str) -> tuple[str, bool]:
-    """The question without image markers, stripped as upstream does, and whether there was one."""
+    """The question and whether an image marker was in it; if so, without the marker and stripped, as upstream does."""
     if IMAGE_MARKER not in question:
-        return question.strip(), False
+        return question, False
     return question.replace(IMAGE_MARKER, "").strip(), True
 
 
@@ -131,6 +151,20 @@ def merge(pieces: Sequence[Piece]) -> list[Piece]:
     return merged
 
 
+def sections(pieces: Sequence[Piece]) -> list[Section | Image | EndOfTurn]:
+    """Pieces with neighbouring texts joined to sections."""
+    joined: list[Section | Image | EndOfTurn] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        if not isinstance(piece, Text):
+            joined.append(piece)
+        elif isinstance(last, Section):
+            joined[-1] = Section((*last.texts, piece), last.starts)
+        else:
+            joined.append(Section((piece,), not isinstance(last, EndOfTurn)))
+    return joined
+
+
 def render(pieces: Sequence[Piece], template: Template) -> str:
     """The prompt as one string with `<image>` in the picture's place: for people, hashes and logs."""
     parts = {Image: IMAGE_MARKER, EndOfTurn: template.end_of_turn}
@@ -140,6 +174,8 @@ def render(pieces: Sequence[Piece], template: Template) -> str:
 def _caption(turns: Sequence[Turn]) -> list[Piece]:
     """Stage 1 (Eq. 1): the image, then the caption that the loss counts, then a newline."""
     turn = turns[0]
+    if turn.images > 1 or any(later.images for later in turns[1:]):
+        raise UsageError("a captioning model takes one picture", "ask about one picture at a time")
     if turn.answer is None:
         return [Image()]
     return [Image(), Text(turn.answer + "\n", is_answer=True)]

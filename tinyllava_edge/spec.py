@@ -16,6 +16,7 @@ from .errors import CheckpointError, UsageError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class VisionBackbone:
     size_paper: float
     """nominal size of Table 1, in billions of parameters"""
     family: str
-    """`clip` or `siglip`: which Hugging Face vision class the config belongs to"""
+    """one of VISION_FAMILIES: which Hugging Face vision class the config belongs to"""
     image_mean: tuple[float, float, float]
     """per-channel mean that `pixel_values` are normalised with"""
     image_std: tuple[float, float, float]
@@ -91,7 +92,7 @@ class ModelSpec:
     name: str
     """variant or user-given name"""
     vision_family: str
-    """`clip` or `siglip`"""
+    """one of VISION_FAMILIES"""
     llm_family: str
     """`model_type` of the language model, e.g. `llama`"""
     image_size: int
@@ -122,6 +123,21 @@ class ModelSpec:
     """longest sequence, image tokens included, that the model was trained for"""
     compat: str
     """`native`, `factory` or `legacy`: whose conventions the weights were trained with"""
+    crop_resize: int = 0
+    """`crop` only: side in pixels that the shortest edge is brought to before the cut; 0 for image_size"""
+    resample: str = "bicubic"
+    """filter of the resize, as Pillow names it: `bicubic`, or `bilinear` (SigLIP 2's processors)"""
+
+    @property
+    def patches(self) -> int:
+        """Patches of one picture: (image_size // patch_size) squared."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def feature_tokens(self) -> int:
+        """Tower tokens that the connector reads: the patches, CLIP's and DINOv2's class token, less a dropped first."""
+        class_token = self.vision_family in ("clip", "dinov2")
+        return self.patches + class_token - (self.select_strategy == "default")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -139,16 +155,18 @@ class ModelSpec:
             CheckpointError: a key is missing, unknown, of the wrong type or out of range.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        if not isinstance(value, dict) or set(value) != set(fields):
-            keys = set(value) if isinstance(value, dict) else set()
+        optional = {name for name, field in fields.items() if field.default is not dataclasses.MISSING}
+        keys = {str(key) for key in value} if isinstance(value, dict) else set()
+        lacking, unknown = set(fields) - optional - keys, keys - set(fields)
+        if not isinstance(value, dict) or lacking or unknown:
             raise CheckpointError(
-                f"{where}: model spec lacks {sorted(set(fields) - keys)} and has unknown {sorted(keys - set(fields))}",
+                f"{where}: model spec lacks {sorted(lacking)} and has unknown {sorted(unknown)}",
                 "export or import the model again with this version",
             )
         kinds = {"str": str, "int": int}
         clean: dict[str, Any] = {}
-        for name, field in fields.items():
-            given = value[name]
+        for name in [name for name in fields if name in value]:
+            given, field = value[name], fields[name]
             kind = kinds.get(str(field.type))
             if kind is not None:
                 good = isinstance(given, kind) and not isinstance(given, bool)
@@ -169,6 +187,9 @@ class ModelSpec:
 
 POLICIES = ("warp", "crop", "pad")
 STRATEGIES = ("full", "default")
+VISION_FAMILIES = ("clip", "siglip", "siglip2", "dinov2")
+COMPATS = ("native", "factory", "legacy")
+RESAMPLES = ("bicubic", "bilinear")
 
 
 def _check_spec(spec: ModelSpec, where: str) -> None:
@@ -182,10 +203,16 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     for name, limit in limits.items():
         if not 0 < getattr(spec, name) <= limit:
             raise CheckpointError(f"{where}: {name}={getattr(spec, name)} is outside 1..{limit}", "restore the file")
+    if not 0 <= spec.crop_resize <= 4096 or 0 < spec.crop_resize < spec.image_size:
+        raise CheckpointError(
+            f"{where}: crop_resize={spec.crop_resize} for pictures of {spec.image_size}", "restore the file"
+        )
     for name, known in (
         ("image_policy", POLICIES),
         ("select_strategy", STRATEGIES),
-        ("vision_family", ("clip", "siglip")),
+        ("vision_family", VISION_FAMILIES),
+        ("compat", COMPATS),
+        ("resample", RESAMPLES),
     ):
         if getattr(spec, name) not in known:
             raise CheckpointError(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 from tinyllava_edge import checkpoint
-from tinyllava_edge.bundle import open_bundle
-from tinyllava_edge.errors import ExportError, StorageError, UnverifiedError, UsageError
+from tinyllava_edge.bundle import read_bundle
+from tinyllava_edge.errors import BundleError, ExportError, StorageError, UnverifiedError, UsageError
+from tinyllava_edge.export import llm
 from tinyllava_edge.export.bundle_writer import export_bundle
 from tinyllava_edge.files import sha256_tree
+from tinyllava_edge.runtimes.edge import open_edge
 
 
 @pytest.mark.parametrize("which", ["tiny_checkpoint", "tiny_checkpoint_clip"])
@@ -42,7 +45,7 @@ def test_default_export(which: str, tmp_path: Path, request: pytest.FixtureReque
         bundle.require_verified(bundle.build())
     assert steps[0].startswith("loading") and any("q4_k_m" in step for step in steps)
     assert str(root) not in (out / "bundle.json").read_text()
-    open_bundle(shutil.move(out, tmp_path / "moved")).check()  # self-contained
+    read_bundle(shutil.move(out, tmp_path / "moved")).check()  # self-contained
 
 
 def test_graphs_fit_together(tiny_checkpoint_clip: Path, tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_only_what_was_asked(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Intermediates are not shipped; names repeat or come in any order."""
     bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", llm=["q4_0", "q8_0", "q4_0"], vision=["int8"])
     assert {p.name for p in bundle.root.iterdir()} == {
-        *("bundle.json", "preprocess.onnx", "vision-int8.onnx", "llm-q8_0.gguf", "llm-q4_0.gguf")
+        *("bundle.json", "export.json", "preprocess.onnx", "vision-int8.onnx", "llm-q8_0.gguf", "llm-q4_0.gguf")
     }
     assert list(bundle.builds()) == ["int8+q8_0", "int8+q4_0"]
 
@@ -75,11 +78,64 @@ def test_same_checkpoint_same_files(tiny_checkpoint: Path, tmp_path: Path) -> No
         for name, types in (("a", ["f32", "q4_k_m"]), ("b", ["f32"]))
     )
     assert {file.path for file in second.files} == {
-        *("preprocess.onnx", "vision-fp32.onnx", "vision-int8.onnx", "llm-f32.gguf")
+        *("export.json", "preprocess.onnx", "vision-fp32.onnx", "vision-int8.onnx", "llm-f32.gguf")
     }
     hashes = {file.path: file.sha256 for file in first.files}
-    assert all(hashes[file.path] == file.sha256 for file in second.files)
+    assert all(hashes[file.path] == file.sha256 for file in second.files if file.role != "text")
     assert {p.name for p in second.root.iterdir()} == {"bundle.json", *(file.path for file in second.files)}
+
+
+def test_bfloat16_checkpoint_in_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Quantised from bfloat16, so nothing is lost before; every GGUF in shards, which the device opens and checks."""
+    loaded = checkpoint.load(tiny_checkpoint)
+    checkpoint.save(loaded.model.to(torch.bfloat16), loaded.tokenizer, loaded.spec, tmp_path / "bf16")
+    bundle = export_bundle(
+        tmp_path / "bf16",
+        tmp_path / "out",
+        llm=["bf16", "q8_0"],
+        vision=["fp32"],
+        mmproj=["f16"],
+        max_shard_bytes=700_000,
+    )
+    figures = json.loads((bundle.root / "export.json").read_text())
+    q8_0 = {"made_from": "bf16", "fallbacks": {}, "overrides": {}, "imatrix_sha256": None}
+    assert figures["llm"]["q8_0"] == q8_0 and figures["mmproj"]["f16"]["passed"] is True
+    assert {"Modelfile", "STOCK_HOSTS.md"} <= {file.path for file in bundle.files if file.role == "text"}
+    assert [report["precision"] for report in figures["vision"]] == ["fp32"]
+    assert figures["vision"][0]["cosine_min"] > 0.9999 and len(figures["vision"][0]["pictures"]) == 8
+    names = {path.relative_to(bundle.root).as_posix() for path in bundle.root.rglob("*")}
+    assert names == {"bundle.json", *(entry.path for file in bundle.files for entry in file.entries)}
+    by_kind = {(file.role, file.precision): file for file in bundle.files}
+    assert set(by_kind[("llm", "bf16")].tensor_types) == {"bf16", "f32"} and ("mmproj", "f16") in by_kind
+    for kind in ("bf16", "q8_0"):
+        assert by_kind[("llm", kind)].path.startswith(f"llm-{kind}-00001-of-") and by_kind[("llm", kind)].parts
+    with open_edge(bundle, "fp32+q8_0", allow_unverified=True, n_threads=1) as runtime:
+        assert len(runtime.environment()["files"]) == 3 + len(by_kind[("llm", "q8_0")].parts)
+        assert runtime.answer(np.zeros((8, 8, 3), np.uint8), "what color?", max_tokens=2).token_ids
+    manifest = json.loads((bundle.root / "bundle.json").read_text())
+    for entry in manifest["files"]:
+        entry.pop("parts", None)
+    (bundle.root / "bundle.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="has other shards than bundle.json lists"):
+        open_edge(bundle.root, "fp32+q8_0", allow_unverified=True, n_threads=1)
+
+
+def test_model_is_never_whole_in_memory(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The language model is asked for a few rows at a time, and none are kept."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most, plain = [0], checkpoint.LlmSource.rows
+
+    def rows(source: checkpoint.LlmSource, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = plain(source, name, start, stop)
+        alive.append(weakref.ref(tensor))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(checkpoint.LlmSource, "rows", rows)
+    monkeypatch.setattr(llm, "BLOCK_BYTES", 1 << 18)  # 256 rows of float32
+    monkeypatch.setattr(checkpoint, "load", lambda root: pytest.fail("the whole checkpoint was loaded"))
+    export_bundle(tiny_checkpoint, tmp_path / "bundle", llm=["f16"], vision=["fp32"])
+    assert len(alive) > 30 and most[0] <= 2
 
 
 def test_unknown_names(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -87,11 +143,35 @@ def test_unknown_names(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ({"llm": ["q4"]}, "q4"),
         ({"vision": ["fp64"]}, "fp64"),
         ({"llm": []}, "no LLM type"),
+        ({"mmproj": ["q2_k"]}, "q2_k"),
+        ({"web": ["fp64"]}, "fp64"),
+        ({"llm": ["iq2_xs"]}, "needs an importance matrix"),
     ):
         with pytest.raises(UsageError, match=message) as caught:
             export_bundle(tiny_checkpoint, tmp_path / "bundle", **arguments)
-        assert "known: " in caught.value.hint
+        assert "known: " in caught.value.hint or "imatrix" in caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+def test_options_that_go_with_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Said before the long work, whatever the part that would have told at its end."""
+    for arguments, error, message in (
+        ({"overrides": {"ffn": "q9"}}, UsageError, "unknown tensor type 'q9'"),
+        ({"overrides": {"ffn": "q6_k"}, "llm": ["f16"]}, UsageError, "overrides have no effect on f16"),
+        ({"clip_workaround": True}, UsageError, "none is asked for"),
+        ({"clip_workaround": True, "mmproj": ["f16"]}, ExportError, "workaround on a siglip tower"),
+    ):
+        steps: list[str] = []
+        with pytest.raises(error, match=message) as caught:
+            export_bundle(tiny_checkpoint, tmp_path / "bundle", progress=steps.append, **arguments)  # type: ignore[arg-type]
+        assert caught.value.hint and len(steps) < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_into_the_checkpoint(tiny_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="lies in the checkpoint"):
+        export_bundle(tiny_checkpoint, tiny_checkpoint / "bundle")
+    assert not (tiny_checkpoint / "bundle").exists()
 
 
 def test_no_overwrite(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -116,6 +196,7 @@ def test_no_overwrite(tiny_checkpoint: Path, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from tinyllava_edge.export import llm
 from tinyllava_edge.export.bundle_writer import export_bundle
 def die(text):
     if text.startswith("language model: q4_0"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,64 +18,28 @@ import torch
 from tinyllava_edge import checkpoint
 from tinyllava_edge.errors import ExportError, StorageError
 from tinyllava_edge.export import llm
+from tinyllava_edge.export.gguf_shards import shards_of, split_gguf
+from tinyllava_edge.export.quantize import quantize_gguf
 from tinyllava_edge.model import build_model
-from tinyllava_edge.spec import LLM_BACKBONES, VISION_BACKBONES
+from tinyllava_edge.runtimes.headers import check_gguf
+from tinyllava_edge.runtimes.llama import Llama
+from tinyllava_edge.spec import VISION_BACKBONES
+
+from .llm_models import MODELS, randomise
 
 IDS = [1, *np.random.default_rng(0).integers(3, 1024, 40).tolist()]
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 1088,
-}
-NANO = {**LLM_BACKBONES["Nano"].config, **SMALL}
-HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": NANO,
-    "llama-tied": {**NANO, "tie_word_embeddings": True},
-    "llama-bias-narrow-heads": {**NANO, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
-    "qwen2": {
-        "model_type": "qwen2",
-        **SMALL,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    },
-    "phi": {
-        **LLM_BACKBONES["Phi"].config,
-        **SMALL,
-        "num_key_value_heads": 4,
-        "intermediate_size": 1024,
-        "rope_parameters": HALF_ROPE,
-    },
-    "stablelm": {**LLM_BACKBONES["SLM"].config, **SMALL, "num_key_value_heads": 2},
-    "stablelm-parallel": {
-        **LLM_BACKBONES["SLM"].config,
-        **SMALL,
-        "num_key_value_heads": 4,
-        "use_qkv_bias": False,
-        "use_parallel_residual": True,
-    },
-}
-# float32 file and cache: only the order of sums differs; ggml's tanh-GELU is a float16 table (Phi)
-F32_TOLERANCE = {**dict.fromkeys(MODELS, 1e-4), "phi": 5e-3}
+# float32 file and cache: only the order of sums differs; ggml's tanh-GELU is a float16 table (Phi, Gemma)
+F32_TOLERANCE = {**dict.fromkeys(MODELS, 1e-4), "phi": 5e-3, "gemma": 5e-3}
 
 
 def random_checkpoint(root: Path, text: dict[str, Any]) -> checkpoint.Checkpoint:
     """The tiny checkpoint's tower and tokenizer around another random language model."""
     tiny = checkpoint.load(root)
-    torch.manual_seed(5)
     spec = dataclasses.replace(tiny.spec, llm_family=text["model_type"])
+    text = copy.deepcopy(text)  # transformers writes into the rope parameters that it is given
     tower = {**VISION_BACKBONES["NanoSig"].config, "num_hidden_layers": 3}
     model = build_model(spec, tower, text, 1024).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(
-                    torch.randn_like(parameter) * (0.5 if "embed" in name else 1.5) / parameter.shape[-1] ** 0.5
-                )
-            else:
-                parameter.copy_(0.2 * torch.randn_like(parameter) + ("norm" in name and name.endswith("weight")))
+    randomise(model, text["model_type"])
     return checkpoint.Checkpoint(root, model, tiny.tokenizer, spec)
 
 
@@ -91,6 +55,15 @@ def native_logits(path: Path, cache: int) -> npt.NDArray[np.float32]:
         model.close()
 
 
+def last_logits(path: Path) -> npt.NDArray[np.float32]:
+    """Logits of the last position by the device's own wrapper, which keeps quantised weights off AMX."""
+    model = Llama(path, n_ctx=128, n_threads=1)
+    try:
+        return model.decode_tokens(IDS, range(len(IDS)), wanted=[len(IDS) - 1])
+    finally:
+        model.close()
+
+
 def torch_logits(loaded: checkpoint.Checkpoint) -> npt.NDArray[np.float32]:
     with torch.no_grad():
         return loaded.model(input_ids=torch.tensor([IDS])).logits[0].numpy()
@@ -102,9 +75,27 @@ def test_f32_logits(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     loaded = random_checkpoint(tiny_checkpoint, MODELS[name])
     types = llm.export_llm(loaded, tmp_path / "llm.gguf", "f32")
     assert set(types) == {"f32"}
+    check_gguf(tmp_path / "llm.gguf")  # the device takes it
     wanted = torch_logits(loaded)
     assert wanted.std() > 0.4
     np.testing.assert_allclose(native_logits(tmp_path / "llm.gguf", cache=0), wanted, atol=F32_TOLERANCE[name], rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "stablelm"])
+def test_image_embeddings(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Rows given as embeddings count as `inputs_embeds` do in Hugging Face, also in Gemma, which scales its tokens'."""
+    loaded = random_checkpoint(tiny_checkpoint, MODELS[name])
+    llm.export_llm(loaded, tmp_path / "llm.gguf", "f32")
+    embeds = torch.randn(1, 20, 256)
+    with torch.no_grad():
+        hidden = loaded.model.model.language_model(inputs_embeds=embeds).last_hidden_state
+        wanted = loaded.model.lm_head(hidden[:, -1]).numpy()
+    model = Llama(tmp_path / "llm.gguf", n_ctx=64, n_threads=1)
+    try:
+        got = model.decode_embeddings(embeds[0].numpy(), 0, wanted=[19])
+    finally:
+        model.close()
+    np.testing.assert_allclose(got, wanted, atol=F32_TOLERANCE[name], rtol=0)
 
 
 @pytest.mark.parametrize("which", ["tiny_checkpoint", "tiny_checkpoint_clip"])
@@ -145,32 +136,103 @@ def test_keys(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """What llama.cpp would compute otherwise, and weights that are lost, are refused; no file is left."""
+    """What llama.cpp would compute otherwise is refused before anything is written."""
     target = tmp_path / "llm.gguf"
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    for change, message in (
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": scaled}, "linear"),
-        ({"model_type": "gpt_neox", "num_key_value_heads": None}, "gpt_neox"),
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    half = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    for base, change, message in (
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"rope_parameters": dynamic}, "dynamic"),
+        ("llama", {"rope_parameters": half}, "partial_rotary_factor"),
+        ("llama", {"model_type": "gpt_neox", "num_key_value_heads": None}, "gpt_neox"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("gemma", {"tie_word_embeddings": False}, "a head of its own"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ):
         with pytest.raises(ExportError, match=message):
-            llm.export_llm(random_checkpoint(tiny_checkpoint, {**NANO, **change}), target)
-    for value, message in ((float("nan"), "NaN"), (1e6, "beyond float16")):
+            llm.export_llm(random_checkpoint(tiny_checkpoint, {**MODELS[base], **change}), target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lost_values_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """NaN anywhere; values beyond float16 only where float16 is written. No file is left."""
+    target = tmp_path / "llm.gguf"
+    for value, message in ((float("nan"), "NaN"), (-float("inf"), "NaN or infinity"), (-1e6, "reaches 1e.06, beyond")):
         loaded = checkpoint.load(tiny_checkpoint)
         with torch.no_grad():
             loaded.model.model.language_model.layers[1].mlp.up_proj.weight[3, 4] = value
         with pytest.raises(ExportError, match=f"layers.1.mlp.up_proj.weight.*{message}"):
             llm.export_llm(loaded, target)
-    assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
+    assert llm.export_llm(loaded, target, "bf16") == {"bf16": 16, "f32": 5}
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    target = tmp_path / "llm.gguf"
-    (tmp_path / f".llm.gguf.tmp-{os.getpid()}").symlink_to("/dev/full")
+@pytest.mark.parametrize("name", ["llama-llama3-rope", "phi"])
+def test_shards(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """llama.cpp finds all shards from the first: logits equal the single file's, and no shard is beyond the limit."""
+    loaded, limit = random_checkpoint(tiny_checkpoint, MODELS[name]), 1_500_000
+    whole = llm.export_llm(loaded, tmp_path / "one" / "llm.gguf", "f32")
+    parts = llm.export_llm(loaded, tmp_path / "many" / "llm.gguf", "f32", max_shard_bytes=limit)
+    shards = shards_of(tmp_path / "many" / "llm.gguf")
+    assert whole == parts and len(shards) > 3 and shards == sorted((tmp_path / "many").iterdir())
+    assert shards[0].name == f"llm-00001-of-{len(shards):05d}.gguf"
+    tensors = [tensor for shard in shards for tensor in gguf.GGUFReader(shard).tensors]
+    single = gguf.GGUFReader(tmp_path / "one" / "llm.gguf").tensors
+    assert [t.name for t in tensors] == [t.name for t in single]
+    for shard in shards:
+        sizes = [tensor.n_bytes for tensor in gguf.GGUFReader(shard).tensors]
+        assert sum(sizes) <= limit or len(sizes) == 1
+    np.testing.assert_array_equal(
+        native_logits(shards[0], cache=0), native_logits(tmp_path / "one" / "llm.gguf", cache=0)
+    )
+    shards[1].unlink()
+    with pytest.raises(ExportError, match=r"llm-00002-of-.*missing"):
+        llm.tensor_types(shards[0])
+
+
+def test_a_quantised_file_is_split_later(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """llama.cpp quantises from shards into one file; split again, every key and tensor is the same."""
+    llm.export_llm(checkpoint.llm_source(tiny_checkpoint), tmp_path / "llm.gguf", max_shard_bytes=1_000_000)
+    quantize_gguf(shards_of(tmp_path / "llm.gguf")[0], tmp_path / "q.gguf", "q8_0")
+    whole = gguf.GGUFReader(tmp_path / "q.gguf")
+    keys = {key: (field.contents(), field.types) for key, field in whole.fields.items() if not key.startswith("GGUF.")}
+    data = {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in whole.tensors}
+    wanted = last_logits(tmp_path / "q.gguf")
+    assert split_gguf(tmp_path / "q.gguf", 1 << 30) == [tmp_path / "q.gguf"]
+    shards = split_gguf(tmp_path / "q.gguf", 500_000)
+    assert len(shards) > 2 and not (tmp_path / "q.gguf").exists()
+    readers = [gguf.GGUFReader(shard) for shard in shards]
+    assert {t.name: (t.tensor_type, t.data.tobytes()) for reader in readers for t in reader.tensors} == data
+    found = {key: (readers[0].fields[key].contents(), readers[0].fields[key].types) for key in keys}
+    assert found == keys
+    np.testing.assert_array_equal(last_logits(shards[0]), wanted)
+
+
+def test_streamed_equals_loaded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Read from the files one at a time or from a model in memory: the same tensors, byte for byte."""
+    llm.export_llm(checkpoint.llm_source(tiny_checkpoint), tmp_path / "a.gguf", "bf16")
+    llm.export_llm(checkpoint.load(tiny_checkpoint), tmp_path / "b.gguf", "bf16")
+    first, second = (
+        {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in gguf.GGUFReader(path).tensors}
+        for path in (tmp_path / "a.gguf", tmp_path / "b.gguf")
+    )
+    assert first == second
+
+
+def test_tied_head_where_llama_cpp_wants_one(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """StableLM's graph reads no embedding as head, so a tied one is stored; logits within 1e-4."""
+    loaded = random_checkpoint(tiny_checkpoint, {**MODELS["stablelm"], "tie_word_embeddings": True})
+    llm.export_llm(loaded, tmp_path / "llm.gguf", "f32")
+    np.testing.assert_allclose(native_logits(tmp_path / "llm.gguf", cache=0), torch_logits(loaded), atol=1e-4, rtol=0)
+
+
+def test_full_disk_is_named(tiny_checkpoint: Path, small_disk: Callable[[int], Path]) -> None:
+    """Not even the header fits."""
+    place = small_disk(16)
     with pytest.raises(StorageError, match=r"llm\.gguf: no space left"):
-        llm.export_llm(checkpoint.load(tiny_checkpoint), target)
-    assert not list(tmp_path.iterdir())
+        llm.export_llm(checkpoint.load(tiny_checkpoint), place / "llm.gguf")
+    assert not list(place.iterdir())
 
 
 def test_disk_fills_between_tensors(tiny_checkpoint: Path, small_disk: Callable[[int], Path]) -> None:

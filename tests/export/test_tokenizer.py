@@ -1,22 +1,35 @@
-"""Token ids of llama.cpp against Hugging Face's, the gate that compares them, and the chat template."""
+"""Token ids and bytes of llama.cpp against Hugging Face's, for every kind of tokenizer, and the gate on them.
+
+All comparisons are of whole numbers: nothing may differ.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp
 import pytest
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from tinyllava_edge import checkpoint, prompt
+from tinyllava_edge import checkpoint
 from tinyllava_edge.errors import ExportError
 from tinyllava_edge.export import llm, tokenizer
+from tinyllava_edge.prompt import TEMPLATES, Turn
+from tinyllava_edge.runtimes.base import IMAGE_PLACE
+from tinyllava_edge.runtimes.headers import check_gguf
+from tinyllava_edge.runtimes.text import Vocabulary, conversation_ids, gguf_vocabulary
+from tinyllava_edge.tokenizer_files import fast_tokenizer
+from tinyllava_edge.tokenizer_sections import SectionTokenizer, token_bytes
+from tinyllava_edge.tokenizer_settings import QWEN2_PATTERN
+
+from .. import tiny_tokenizers as tiny
+from .vocabularies import vocabulary_gguf
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +120,10 @@ def test_unknown_tokenizers_are_named(loaded: checkpoint.Checkpoint) -> None:
         (lambda raw: raw.update(pre_tokenizer=None), "null"),
         (lambda raw: raw["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
         (lambda raw: raw["pre_tokenizer"].update(use_regex=False), "use_regex"),
-        (lambda raw: raw.update(normalizer={"type": "NFC"}), "NFC"),
+        (lambda raw: raw.update(normalizer={"type": "NFKC"}), "NFKC"),
         (lambda raw: raw["model"].update(ignore_merges=True), "ignore_merges"),
-        (lambda raw: raw["model"].update(byte_fallback=True), "byte_fallback"),
+        (lambda raw: raw["model"].update(byte_fallback=True), "pre-tokenizer"),
+        (lambda raw: raw["model"].update(dropout=0.5), "dropout"),
     ]
     for change, message in cases:
         with pytest.raises(ExportError, match=message):
@@ -122,47 +136,169 @@ def test_unknown_tokenizers_are_named(loaded: checkpoint.Checkpoint) -> None:
         tokenizer.read_vocabulary(changed(loaded, two_starts), 1088)
 
 
-def test_spelled_out_pattern_has_a_name(loaded: checkpoint.Checkpoint) -> None:
-    """A Split with Qwen2's pattern is told to llama.cpp by name."""
-    pattern = next(iter(tokenizer.SPLIT_PATTERNS))
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    sequence = {"type": "Sequence", "pretokenizers": [split, level]}
-    other = changed(loaded, lambda raw: raw.update(pre_tokenizer=sequence))
-    assert tokenizer.read_vocabulary(other, 1088).pre == "qwen2"
+def split_by(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-MARKED = "<image>\nwhat is it?"
-PARTS = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:"}}]
-CONVERSATIONS: list[tuple[list[prompt.Turn], list[Any]]] = [
-    ([prompt.Turn("hello")], ["hello"]),
-    ([prompt.Turn(MARKED)], [MARKED]),
-    ([prompt.Turn(MARKED)], [PARTS]),
-    ([prompt.Turn(MARKED)], [PARTS[::-1]]),
-    ([prompt.Turn("what is it? <image>")], ["what is it? <image>"]),
-    ([prompt.Turn(MARKED, "a cat"), prompt.Turn(" really? ")], [PARTS, "a cat", " really? "]),
-    ([prompt.Turn("one", "1"), prompt.Turn(MARKED, "2"), prompt.Turn("three")], ["one", "1", MARKED, "2", "three"]),
-    ([prompt.Turn("quotes \" ' {{ braces }} \\ \n tail")], ["quotes \" ' {{ braces }} \\ \n tail"]),
+@pytest.mark.parametrize(
+    ("step", "ignore_merges", "name"),
+    [
+        (split_by(QWEN2_PATTERN), False, "qwen2"),
+        (split_by(QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")), True, "llama-bpe"),
+        ({"type": "Digits", "individual_digits": True}, False, "smollm"),
+    ],
+)
+def test_known_splittings_have_a_name(
+    step: dict[str, Any], ignore_merges: bool, name: str, loaded: checkpoint.Checkpoint, tmp_path: Path
+) -> None:
+    """Other ways to split before byte-level BPE are told to llama.cpp by name, and give the same ids."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": name == "smollm"}
+
+    def split(raw: dict[str, Any]) -> None:
+        raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, level]}
+        raw["model"]["ignore_merges"] = ignore_merges
+
+    other = changed(loaded, split)
+    path = vocabulary_gguf(other, tmp_path / "x.gguf", "</s>", 1088)
+    assert check_gguf(path)["tokenizer.ggml.pre"] == name.encode()
+    tokenizer.check_tokenizer(path, other)
+
+
+# SentencePiece and byte-level BPE of every kind
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of tokenizer, in Hugging Face's form and llama.cpp's."""
+
+    name: str
+    template: str
+    fast: Any
+    path: Path
+    ours: Vocabulary
+    native: llama_cpp.Llama
+
+
+@pytest.fixture(scope="module", params=list(tiny.KINDS))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    template, write, _ = tiny.KINDS[request.param]
+    root = tmp_path_factory.mktemp(request.param)
+    fast = fast_tokenizer(write(root / "release"))
+    fast.add_tokens(["<image>"], special_tokens=True)
+    path = vocabulary_gguf(fast, root / "x.gguf", TEMPLATES[template].end_of_turn, len(fast) + 7)
+    native = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    end = fast.convert_tokens_to_ids(TEMPLATES[template].end_of_turn)
+
+    def plain(text: str) -> list[int]:
+        return list(native.tokenize(text.encode(), add_bos=False, special=False))
+
+    bos = fast.bos_token_id if fast("x").input_ids[0] == fast.bos_token_id else None
+    ours = gguf_vocabulary(plain, check_gguf(path), bos, end, fast.eos_token_id)
+    return Family(request.param, template, fast, path, ours, native)
+
+
+def test_gate_passes_every_kind(family: Family) -> None:
+    tokenizer.check_tokenizer(family.path, family.fast)
+
+
+def test_plain_sections_have_the_slow_ids(family: Family, tmp_path: Path) -> None:
+    """llama.cpp, fed as the runtime feeds it, against the slow tokenizers, on random texts."""
+    release = tiny.KINDS[family.name][1](tmp_path)
+    slow = tiny.KINDS[family.name][2](release, {"\0 none": -1})
+    for text in (*tokenizer.STRESS_TEXTS, *tiny.random_texts(300, seed=1)):
+        if family.name != "gemma" or "_of_turn>" not in text:  # which SentencePiece itself reads as a token
+            assert family.ours.tokenize(text) == slow(text), text
+
+
+CONVERSATIONS = [
+    [Turn("what color is the shape?")],
+    [Turn("what?", "red"), Turn("sure?", " yes, two  spaces"), Turn("US")],
+    [Turn("one\n\ntwo\t\tthree", ""), Turn("e\u0301 中文 😀", "\nnewline"), Turn("</s><|endoftext|><eos> <image> ▁▁")],
 ]
 
 
-@pytest.mark.parametrize(("turns", "contents"), CONVERSATIONS)
-def test_chat_template(turns: list[prompt.Turn], contents: list[Any], native: llama_cpp.Llama) -> None:
-    """The stored Jinja renders prompt.build's text, the beginning-of-sequence token in front."""
-    jinja = native.metadata["tokenizer.chat_template"]
-    template = prompt.TEMPLATES["llama"]
-    messages: Any = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    formatter = Jinja2ChatFormatter(template=jinja, eos_token="</s>", bos_token="<s>")
-    wanted = prompt.render(prompt.build(turns, template), template)
-    assert formatter(messages=messages).prompt == "<s>" + wanted
+@pytest.mark.parametrize("has_image", [True, False])
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_conversations_have_the_same_ids_in_both_runtimes(family: Family, turns: list[Turn], has_image: bool) -> None:
+    sections = SectionTokenizer(family.fast)
+    theirs = Vocabulary(sections.start, family.ours.bos, family.ours.end_of_turn, family.ours.eos, sections.rest)
+    template = TEMPLATES[family.template]
+    ids = conversation_ids(turns, template, family.ours, has_image=has_image)
+    assert ids == conversation_ids(turns, template, theirs, has_image=has_image)
+    special = {k for k, token in family.fast.added_tokens_decoder.items() if token.special}
+    assert sum(token in special for token in ids) == (family.ours.bos is not None) + len(turns) - 1
 
 
-def test_chat_template_markers_and_system(native: llama_cpp.Llama) -> None:
-    """llama.cpp's own marker is moved like ours; a system message replaces the default one."""
-    formatter = Jinja2ChatFormatter(
-        template=native.metadata["tokenizer.chat_template"], eos_token="</s>", bos_token="<s>"
+def test_a_prompt_has_the_slow_ids_of_its_chunks(family: Family, tmp_path: Path) -> None:
+    """Three turns with a picture: upstream's rule, each chunk by itself, the first token once."""
+    release = tiny.KINDS[family.name][1](tmp_path)
+    template = TEMPLATES[family.template]
+    slow = tiny.KINDS[family.name][2](release, {template.end_of_turn: family.ours.end_of_turn})
+    turns = [Turn("what?", "red"), Turn("USER sure?", "yes"), Turn("x")]
+    end = template.end_of_turn
+    chunks = (
+        f"{template.system} USER: ",
+        f"\nwhat? ASSISTANT: red{end}USER: USER sure? ASSISTANT: yes{end}USER: x ASSISTANT:",
     )
-    part = {"type": "media_marker", "text": "<__media__>"}
-    for content in ([part, PARTS[0]], "<__media__>what is it?", "what is it? <__media__>"):
-        messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}]
-        assert formatter(messages=messages).prompt == "<s>Be brief. USER: <__media__>\nwhat is it? ASSISTANT:"
+    start = [] if family.ours.bos is None else [family.ours.bos]
+    wanted = (*start, *slow(chunks[0]), IMAGE_PLACE, *slow(chunks[1]))
+    assert conversation_ids(turns, template, family.ours, has_image=True) == wanted
+
+
+def test_bytes_come_back(family: Family) -> None:
+    spell = token_bytes(family.fast)
+    for text in (*tokenizer.STRESS_TEXTS, *tiny.random_texts(50, seed=2)):
+        ids = family.ours.tokenize(text)
+        pieces = b"".join(family.native.detokenize([index]) for index in ids[:1])
+        assert pieces.lstrip() == b"".join(map(spell, ids[:1])).lstrip()
+
+
+def test_gate_names_the_first_difference(family: Family, tmp_path: Path) -> None:
+    """A file with one score, merge, rule or type changed fails, whatever the kind."""
+    vocabulary = tokenizer.read_vocabulary(family.fast, len(family.fast) + 7)
+    broken = []
+    if vocabulary.model == "llama":
+        scores = [0.0 if kind == 1 else score for score, kind in zip(vocabulary.scores, vocabulary.types, strict=True)]
+        broken.append((replace(vocabulary, scores=tuple(scores)), "tokenises"))
+        other = {"first": "always", "always": "never", "never": "always"}[vocabulary.prefix]
+        broken.append((replace(vocabulary, prefix=other), "tokenises"))
+        letter = vocabulary.tokens.index("▁chat")
+        swapped = (*vocabulary.tokens[:letter], "▁chut", *vocabulary.tokens[letter + 1 :])
+        broken.append((replace(vocabulary, tokens=swapped), "tokenises|spells"))
+    else:
+        broken.append((replace(vocabulary, merges=vocabulary.merges[:-40]), "tokenises"))
+        broken.append((replace(vocabulary, pre="qwen2" if vocabulary.pre == "gpt-2" else "gpt-2"), "tokenises"))
+        if vocabulary.nfc:
+            broken.append((replace(vocabulary, nfc=False), "tokenises"))
+    plain = list(vocabulary.types)
+    plain[vocabulary.tokens.index("<image>")] = gguf.TokenType.NORMAL
+    broken.append((replace(vocabulary, types=tuple(plain)), "tokenises|spells"))
+    broken.append((replace(vocabulary, add_bos=not vocabulary.add_bos), "tokenises"))
+    for number, (wrong, message) in enumerate(broken):
+        path = vocabulary_gguf(family.fast, tmp_path / f"{number}.gguf", "", len(wrong.tokens), wrong)
+        with pytest.raises(ExportError, match=f"{number}.gguf: llama.cpp ({message})"):
+            tokenizer.check_tokenizer(path, family.fast)
+
+
+def test_sentencepiece_without_a_gguf_form(tmp_path: Path) -> None:
+    fast = fast_tokenizer(tiny.write_llama(tmp_path))
+    good = json.loads(fast.backend_tokenizer.to_str())
+    with pytest.raises(ExportError, match="519, but the embedding has 400 rows"):
+        tokenizer.read_vocabulary(fast, 400)
+    for change, message in (
+        (lambda raw: raw["model"]["vocab"].pop("<0x41>"), "not every byte"),
+        (lambda raw: raw.update(normalizer={"type": "NFC"}), "NFC"),
+        (lambda raw: raw.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
+        (lambda raw: raw["model"].update(ignore_merges=True), "ignore_merges"),
+    ):
+        raw = json.loads(json.dumps(good))
+        change(raw)
+        wrong = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(raw)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        )
+        with pytest.raises(ExportError, match=message):
+            tokenizer.read_vocabulary(wrong, 600)
+    doubled = fast_tokenizer(tiny.write_gemma(tmp_path / "gemma"))
+    doubled.add_tokens(["▁▁ "])  # spells like the piece of three spaces
+    with pytest.raises(ExportError, match="are both"):
+        tokenizer.read_vocabulary(doubled, 600)

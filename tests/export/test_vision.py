@@ -7,34 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
 from tinyllava_edge import checkpoint
+from tinyllava_edge.connectors import CONNECTORS
 from tinyllava_edge.errors import ExportError
 from tinyllava_edge.export import vision
 
+from .vision_models import QUERIES, TOWERS, eager, error, make, pixels, run
+
 BOTH = ["tiny_checkpoint", "tiny_checkpoint_clip"]
 TOLERANCE = 1e-5  # float32, of the largest absolute value
-
-
-def pixels(batch: int) -> torch.Tensor:
-    return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-
-
-def run(path: Path, given: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    embeds, features = ort.InferenceSession(path).run(
-        ["image_embeds", "image_features"], {"pixel_values": given.numpy()}
-    )
-    return embeds, features
-
-
-def error(got: npt.NDArray[np.float32], wanted: torch.Tensor) -> float:
-    assert got.shape == tuple(wanted.shape)
-    return float(np.abs(got - wanted.numpy()).max() / wanted.abs().max())
 
 
 @pytest.fixture(params=BOTH, scope="module")
@@ -104,28 +90,72 @@ def test_factory_siglip_drops_its_first_patch(tiny_checkpoint: Path, tmp_path: P
     assert error(run(tmp_path / "vision.onnx", pixels(1))[1], states[-2][:, 1:]) < TOLERANCE
 
 
-def test_int8(path: Path, tmp_path: Path) -> None:
-    """Every linear layer's weights int8, the patch convolution float; cosine per token >= 0.99 on random weights."""
-    types = vision.quantize_vision_int8(path, tmp_path / "int8.onnx")
-    assert len(list(tmp_path.iterdir())) == len(list(path.parent.iterdir())) == 1
-    graph = onnx.load(tmp_path / "int8.onnx").graph
-    linear = 2 * 6 + 2  # q, k, v, out, fc1, fc2 of two layers; two of the connector
-    assert types["int8"] == 2 * linear  # each with its zero point
-    by_name = {tensor.name: tensor for tensor in graph.initializer}
-    scales = [
-        by_name[name]
-        for node in graph.node
-        if node.op_type == "Mul"
-        for name in node.input
-        if name.endswith("_scale") and name in by_name
-    ]
-    assert scales and all(np.prod(scale.dims) > 1 for scale in scales)  # per channel
-    assert sum(node.op_type == "Conv" for node in graph.node) == 1
-    assert not [node for node in graph.node if node.op_type == "ConvInteger"]
-    assert (tmp_path / "int8.onnx").stat().st_size < 0.4 * path.stat().st_size
-    for got, wanted in zip(run(tmp_path / "int8.onnx", pixels(3)), run(path, pixels(3)), strict=True):
-        cosine = (got * wanted).sum(-1) / np.linalg.norm(got, axis=-1) / np.linalg.norm(wanted, axis=-1)
-        assert cosine.min() > 0.99
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers(family: str, tmp_path: Path) -> None:
+    """Every family at batches 1 and 3: within 1e-5 of the torch model; positions are a constant of the graph."""
+    model, spec = make(family)
+    path = tmp_path / "vision.onnx"
+    vision.export_vision_fp32(model, spec, path)
+    for batch in (1, 3):
+        for got, wanted in zip(run(path, pixels(batch)), eager(model, pixels(batch)), strict=True):
+            assert error(got, wanted) < TOLERANCE
+    graph = onnx.load(path).graph
+    assert not [node for node in graph.node if node.op_type in ("Resize", "Gather", "Gemm")]
+    assert sum(node.op_type == "Conv" for node in graph.node) == 1  # patches are never quantised
+    assert not any("layers.2." in tensor.name for tensor in graph.initializer)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+def test_connectors(connector: str, tmp_path: Path) -> None:
+    """Every connector of the table: within 1e-5 of the torch model; a resampler gives as many tokens as queries."""
+    model, spec = make("siglip", connector)
+    path = tmp_path / "vision.onnx"
+    vision.export_vision_fp32(model, spec, path)
+    for batch in (1, 3):
+        found = run(path, pixels(batch))
+        for got, wanted in zip(found, eager(model, pixels(batch)), strict=True):
+            assert error(got, wanted) < TOLERANCE
+    assert found[0].shape[1] == (QUERIES if connector == "resampler" else 64)
+    assert found[1].shape == (3, spec.feature_tokens, 192)
+
+
+def test_real_options(tmp_path: Path) -> None:
+    """so400m's heads of 72, its feed-forward that no block size divides, and patches that leave a rest: within 1e-5."""
+    from tinyllava_edge.spec import VISION_BACKBONES
+
+    config = {**VISION_BACKBONES["Sig"].config, "hidden_size": 144, "num_attention_heads": 2, "intermediate_size": 538}
+    TOWERS["so400m"] = {**config, "image_size": 90, "num_hidden_layers": 4}
+    try:
+        model, spec = make("so400m")
+    finally:
+        del TOWERS["so400m"]
+    spec = dataclasses.replace(spec, vision_family="siglip", image_size=90, patch_size=14, visual_tokens=36)
+    vision.export_vision_fp32(model, spec, tmp_path / "vision.onnx")
+    given = torch.randn(1, 3, 90, 90)
+    for got, wanted in zip(run(tmp_path / "vision.onnx", given), eager(model, given), strict=True):
+        assert error(got, wanted) < TOLERANCE
+    graph = onnx.load(tmp_path / "vision.onnx").graph
+    assert sum(node.op_type == "Gelu" for node in graph.node) == 3 + 1  # three layers of four, and the connector
+
+
+def test_static(loaded: checkpoint.Checkpoint, path: Path, tmp_path: Path) -> None:
+    """Batch 1 in every shape, no shape arithmetic left, equal values; one CoreML partition, says ONNX Runtime."""
+    from onnxruntime.tools.mobile_helpers import usability_checker
+    from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo
+
+    fixed = tmp_path / "vision.onnx"
+    vision.export_vision_fp32(loaded.model, loaded.spec, fixed, static=True)
+    session = ort.InferenceSession(fixed)
+    values = [*session.get_inputs(), *session.get_outputs()]
+    assert all(isinstance(size, int) for value in values for size in value.shape) and values[0].shape[0] == 1
+    assert not [node for node in onnx.load(fixed).graph.node if node.op_type in ("Shape", "Gather", "Resize")]
+    for got, wanted in zip(run(fixed, pixels(1)), run(path, pixels(1)), strict=True):
+        assert error(got, torch.from_numpy(wanted)) < TOLERANCE
+    shaped = ModelProtoWithShapeInfo(fixed).model_with_shape_info
+    partitions = usability_checker.check_coreml_partitions(shaped, True, "coreml_supported_mlprogram_ops.md")
+    assert partitions.num_partitions == 1 and partitions.num_supported_nodes == partitions.num_nodes
+    with pytest.raises(Exception, match=r"[Gg]ot|[Ii]nvalid"):
+        run(fixed, pixels(2))
 
 
 def test_refusals(loaded: checkpoint.Checkpoint, tmp_path: Path) -> None:

@@ -1,8 +1,14 @@
-"""Checkpoint → bundle: preprocessing graph, vision graphs, GGUFs, and the manifest that hashes them, written last."""
+"""Checkpoint → bundle: preprocessing graph, vision graphs, GGUFs, and the manifest that hashes them, written last.
+
+Tower and connector are loaded once and let go; the language model is read tensor by tensor. So the peak is the larger
+of the two steps, never their sum.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,26 +16,60 @@ from typing import Any
 import torch
 
 from .. import __version__, checkpoint
-from ..bundle import Bundle, BundleFile, describe_file, open_bundle, write_manifest
+from ..bundle import Bundle, BundleFile, describe_file, read_bundle, write_manifest
 from ..errors import ExportError, StorageError, UsageError
-from ..files import new_directory, sha256_tree
-from .llm import FLOAT_TYPES, export_llm
+from ..files import new_directory, sha256_tree, write_json
+from ..runtimes.base import Picture
+from ..spec import ModelSpec
+from . import onnx_io
+from .calibration import Sample, default_pictures, samples
+from .gguf_shards import shards_of, split_gguf
+from .imatrix import Imatrix, load_imatrix
+from .llm import FLOAT_TYPES, LlmTensors, export_llm
+from .llm_types import LLM_TYPES, tensor_type
+from .options import ExportOptions
 from .preprocess import write_preprocess
-from .quantize import LLM_TYPES, fallbacks, quantize_gguf
-from .vision import VISION_PRECISIONS, export_vision_fp32
+from .quantize import check_request, quantize_recorded
+from .vision import export_vision_fp32
+from .vision_quantize import CALIBRATED, VISION_PRECISIONS
+from .vision_report import eager, vision_report
 
 Progress = Callable[[str], None]
-DEFAULT_LLM = ("f16", "q8_0", "q4_k_m")
-DEFAULT_VISION = ("fp32", "int8")
+FIGURES = "export.json"
+REPORT_DRAWINGS, REPORT_PHOTOS = 4, 4  # pictures that every vision precision is compared on
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "gguf", "llama-cpp-python")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step needs to know."""
+
+    source: Path
+    """checkpoint directory"""
+    root: Path
+    """bundle under construction"""
+    spec: ModelSpec
+    """how the model must be fed"""
+    tell: Progress
+    """told each step"""
+    figures: dict[str, Any]
+    """filled by the steps, written as FIGURES"""
 
 
 def export_bundle(
     root: Path,
     out: Path,
     *,
-    llm: Sequence[str] = DEFAULT_LLM,
-    vision: Sequence[str] = DEFAULT_VISION,
+    llm: Sequence[str] = ExportOptions.llm,
+    vision: Sequence[str] = ExportOptions.vision,
+    mmproj: Sequence[str] = (),
+    web: Sequence[str] = (),
+    static: bool = False,
+    max_shard_bytes: int | None = None,
+    imatrix: Path | Imatrix | None = None,
+    overrides: Mapping[str, str] | None = None,
+    pictures: Sequence[tuple[str, Picture]] | None = None,
+    clip_workaround: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -40,6 +80,14 @@ def export_bundle(
         out: bundle directory to write.
         llm: keys of LLM_TYPES; listed from the highest precision to the lowest, whatever the order given.
         vision: keys of VISION_PRECISIONS; likewise.
+        mmproj: keys of MMPROJ_TYPES, for llama.cpp's own programs; none by default.
+        web: keys of WEB_PRECISIONS, for transformers.js; none by default.
+        static: fix the vision graph's batch to 1, as CoreML and NPUs ask for.
+        max_shard_bytes: most tensor bytes of one GGUF; larger ones are split. None or 0: one file each.
+        imatrix: importance matrix of this model, loaded or as a file in llama.cpp's GGUF form.
+        overrides: regular expression → tensor type of the quantised files, see quantize_gguf.
+        pictures: names and pictures to calibrate and to compare the vision precisions on; a built-in set by default.
+        clip_workaround: see export_mmproj.
         force: replace `out` if it exists.
         progress: told each step.
 
@@ -47,52 +95,90 @@ def export_bundle(
         The written bundle, opened. It carries no `verified` stamp yet.
 
     Raises:
-        UsageError: an unknown name, or none at all.
+        UsageError: an unknown name, or none at all, or options that go with nothing asked for.
         CheckpointError: the checkpoint can't be loaded.
         ExportError: a weight that is not finite, or a part that has no device form.
         StorageError: `out` exists and `force` is off, or the disk is full.
     """
     llm, vision = _names("LLM type", llm, LLM_TYPES), _names("vision precision", vision, VISION_PRECISIONS)
+    for name in llm:
+        check_request(name, imatrix is not None)
+    overrides = overrides or {}
+    for kind in overrides.values():
+        tensor_type(kind)
+    if overrides and not set(llm) - set(FLOAT_TYPES):
+        raise UsageError(f"overrides have no effect on {', '.join(llm)}", "ask for a quantised type too")
+    if clip_workaround and not mmproj:
+        raise UsageError("the CLIP workaround changes mmproj files, and none is asked for", "give --mmproj f16 too")
+    if mmproj:
+        from .mmproj import MMPROJ_TYPES
+
+        mmproj = _names("mmproj type", mmproj, MMPROJ_TYPES)
+    if web:
+        from .web import check_precisions
+
+        check_precisions(web)
+    matrix = load_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix
     if out.resolve() in (root.resolve(), *root.resolve().parents):
         raise UsageError(f"{out} holds the checkpoint itself", "name another place with -o")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"{out} lies in the checkpoint, whose hash it would change", "name another place with -o")
     if out.exists() and not force:  # said before the long work, and again by new_directory
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
     tell = progress or (lambda _text: None)
     tell("loading the checkpoint")
-    loaded = checkpoint.load(root)
-    check_model(loaded)
-    source = {"name": loaded.spec.name, "sha256": sha256_tree(root)}
+    source = checkpoint.llm_source(root)
+    check_config(root, source.spec)
+    _check_forms(source, mmproj, web, clip_workaround)
+    origin = {"name": source.spec.name, "sha256": sha256_tree(root)}
+    if matrix is not None and matrix.checkpoint_sha256 not in ("", origin["sha256"]):
+        tell("note: the importance matrix was collected on another checkpoint")
     with new_directory(out, force=force) as temporary:
-        tell("preprocessing graph")
-        types = write_preprocess(loaded.spec, temporary / "preprocess.onnx")
-        files = [describe_file(temporary, "preprocess.onnx", "preprocess", "uint8", types)]
-        files += _write_vision(loaded, temporary, vision, tell)
-        files += _write_llm(loaded, temporary, llm, tell)
-        write_manifest(temporary, loaded.spec, files, source, tool_versions())
+        job = _Job(root, temporary, source.spec, tell, {})
+        files = _write_vision(job, vision, static, pictures)
+        texts = _write_llm(job, source, llm, max_shard_bytes, matrix, overrides)
+        files += texts
+        files += _write_mmproj(job, mmproj, temporary / texts[-1].path, clip_workaround)  # the smallest goes with it
+        files += _write_web(job, web, static)
+        if "fp32" not in vision:
+            onnx_io.remove(temporary / "vision-fp32.onnx")
+        write_json(temporary / FIGURES, job.figures)
+        files.append(describe_file(temporary, FIGURES, "text", "text", {}))
+        write_manifest(temporary, source.spec, files, origin, tool_versions())
     tell(f"wrote {out}")
-    return open_bundle(out)
+    return read_bundle(out)
 
 
-def check_model(loaded: checkpoint.Checkpoint) -> None:
-    """Raise ExportError for a weight that is not finite, or a configuration that contradicts the spec."""
-    for name, tensor in [*loaded.model.named_parameters(), *loaded.model.named_buffers()]:
-        if not torch.isfinite(tensor).all():
-            raise ExportError(
-                f"{loaded.root}: tensor {name} holds NaN or infinity", "train again from the last good checkpoint"
-            )
-    config, spec = loaded.model.config, loaded.spec
+def check_config(root: Path, spec: ModelSpec) -> None:
+    """Raise ExportError where config.json contradicts the spec."""
+    config = checkpoint.load_config(root)
     pairs: dict[str, tuple[Any, Any]] = {
         "feature_layer": (config.vision_feature_layer, spec.feature_layer),
         "select_strategy": (config.vision_feature_select_strategy, spec.select_strategy),
         "image_size": (config.vision_config.image_size, spec.image_size),
         "patch_size": (config.vision_config.patch_size, spec.patch_size),
+        "llm_family": (config.text_config.model_type, spec.llm_family),
     }
+    if spec.vision_family == "dinov2":  # its positions are interpolated, so its configuration's size is no promise
+        del pairs["image_size"]
     for name, (in_config, in_spec) in pairs.items():
         if in_config != in_spec:
             raise ExportError(
-                f"{loaded.root}: config.json says {name} = {in_config}, model_spec.json says {in_spec}",
+                f"{root}: config.json says {name} = {in_config}, model_spec.json says {in_spec}",
                 "correct the one that is wrong; the weights follow only one of them",
             )
+
+
+def _check_forms(source: checkpoint.LlmSource, mmproj: Sequence[str], web: Sequence[str], workaround: bool) -> None:
+    """Raise ExportError for a model that has no such form, before the long work."""
+    if mmproj:
+        from .mmproj import check_model
+
+        check_model(checkpoint.load_config(source.root), source.spec, workaround)
+    if web:
+        from .decoder import check_architecture
+
+        check_architecture(source.root, source.config)
 
 
 def tool_versions() -> dict[str, str]:
@@ -116,36 +202,127 @@ def _names(what: str, given: Sequence[str], known: Mapping[str, object]) -> tupl
     return tuple(name for name in known if name in given)
 
 
-def _write_vision(loaded: checkpoint.Checkpoint, root: Path, names: Sequence[str], tell: Progress) -> list[BundleFile]:
-    """Every asked precision; the float32 graph that they are made from stays only if it was asked for."""
-    tell("vision graph: fp32")
-    base = root / "vision-fp32.onnx"
-    types = {"fp32": export_vision_fp32(loaded.model, loaded.spec, base)}
+def _write_vision(
+    job: _Job, names: Sequence[str], static: bool, pictures: Sequence[tuple[str, Picture]] | None
+) -> list[BundleFile]:
+    """Preprocessing and every asked precision, while tower and connector are in memory."""
+    job.tell("preprocessing graph")
+    types = write_preprocess(job.spec, job.root / "preprocess.onnx")
+    files = [describe_file(job.root, "preprocess.onnx", "preprocess", "uint8", types)]
+    model, _spec = checkpoint.load_vision(job.source)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not torch.isfinite(tensor).all():
+            raise ExportError(
+                f"{job.source}: tensor {name} holds NaN or infinity", "train again from the last good checkpoint"
+            )
+    files += _write_graphs(job, model, names, static, pictures)
+    del model
+    gc.collect()  # modules refer to each other: without this the tower stays until Python next looks
+    return files
+
+
+def _write_graphs(
+    job: _Job, model: Any, names: Sequence[str], static: bool, pictures: Sequence[tuple[str, Picture]] | None
+) -> list[BundleFile]:
+    """Every asked precision, and the float32 graph that they are made from."""
+    job.tell("vision graph: fp32")
+    paths = {name: job.root / f"vision-{name}.onnx" for name in ("fp32", *names)}
+    types = {"fp32": export_vision_fp32(model, job.spec, paths["fp32"], static=static)}
+    chosen: list[Sample] | None = None if pictures is None else samples(job.spec, pictures)
+    pixels = [s.pixel_values for s in chosen or samples(job.spec)] if set(names) & set(CALIBRATED) else []
     for name in names:
         convert = VISION_PRECISIONS[name]
         if convert is not None:
-            tell(f"vision graph: {name}")
-            types[name] = convert(base, root / f"vision-{name}.onnx")
-    if "fp32" not in names:
-        base.unlink()
-    return [describe_file(root, f"vision-{name}.onnx", "vision", name, types[name]) for name in names]
+            job.tell(f"vision graph: {name}")
+            types[name] = convert(paths["fp32"], paths[name], pixels)
+    job.tell("vision graphs: compared with the checkpoint")
+    seen = chosen or samples(job.spec, default_pictures(REPORT_DRAWINGS, REPORT_PHOTOS))
+    reports = vision_report(eager(model), {name: paths[name] for name in names}, seen)
+    for report in reports:
+        job.tell(f"  {report.line()}")
+    job.figures["vision"] = [report.to_dict() for report in reports]
+    return [
+        describe_file(job.root, paths[name].name, "vision", name, types[name], _names_of(onnx_io.parts(paths[name])))
+        for name in names
+    ]
 
 
-def _write_llm(loaded: checkpoint.Checkpoint, root: Path, names: Sequence[str], tell: Progress) -> list[BundleFile]:
-    """Every asked type; the float16 file that the quantised ones are made from stays only if it was asked for."""
+def _write_mmproj(job: _Job, names: Sequence[str], llm: Path, clip_workaround: bool) -> list[BundleFile]:
+    """Tower and connector for llama.cpp's own programs, which are measured with the text GGUF beside them."""
+    if not names:
+        return []
+    from .mmproj_files import write_mmproj_files
+
+    model, spec = checkpoint.load_vision(job.source)
+    files, reports = write_mmproj_files(
+        job.root, model, spec, names, llm, clip_workaround=clip_workaround, tell=job.tell
+    )
+    job.figures["mmproj"] = {name: report.to_dict() for name, report in zip(names, reports, strict=True)}
+    del model
+    gc.collect()
+    return files
+
+
+def _write_llm(
+    job: _Job,
+    source: LlmTensors,
+    names: Sequence[str],
+    max_shard_bytes: int | None,
+    imatrix: Imatrix | None,
+    overrides: Mapping[str, str],
+) -> list[BundleFile]:
+    """Every asked type; the float file that the quantised ones are made from stays only if it was asked for."""
     types: dict[str, dict[str, int]] = {}
-    base = root / "llm-f16.gguf"
-    for name in [name for name in FLOAT_TYPES if name in names or (name == "f16" and set(names) - set(FLOAT_TYPES))]:
-        tell(f"language model: {name}")
-        types[name] = export_llm(loaded, root / f"llm-{name}.gguf", name)
+    paths = {name: job.root / f"llm-{name}.gguf" for name in LLM_TYPES}
+    base = base_type(source)
+    for name in [name for name in FLOAT_TYPES if name in names or (name == base and set(names) - set(FLOAT_TYPES))]:
+        job.tell(f"language model: {name}")
+        types[name] = export_llm(source, paths[name], name, max_shard_bytes=max_shard_bytes if name in names else None)
+    job.figures["llm"] = {}
     for name in [name for name in names if name not in FLOAT_TYPES]:
-        tell(f"language model: {name}")
-        target = root / f"llm-{name}.gguf"
-        types[name] = quantize_gguf(base, target, name)
-        other = fallbacks(target, name)
-        if other:
-            kinds = ", ".join(sorted(set(other.values())))
-            tell(f"language model: {name}: {len(other)} matrices are not a multiple of 256 wide and became {kinds}")
-    if "f16" not in names:
-        base.unlink(missing_ok=True)
-    return [describe_file(root, f"llm-{name}.gguf", "llm", name, types[name]) for name in names]
+        types[name], job.figures["llm"][name] = quantize_recorded(
+            shards_of(paths[base])[0], paths[name], name, base, imatrix=imatrix, overrides=overrides, tell=job.tell
+        )
+        if max_shard_bytes:
+            split_gguf(paths[name], max_shard_bytes)
+    if base not in names:
+        paths[base].unlink(missing_ok=True)
+    files = []
+    for name in names:
+        first, *others = _names_of(shards_of(paths[name]))
+        files.append(describe_file(job.root, first, "llm", name, types[name], others))
+    return files
+
+
+def base_type(source: LlmTensors) -> str:
+    """Float type that quantised files are made from: bfloat16 where most weights are stored so, float16 otherwise."""
+    stored = [info.dtype for info in source.infos.values() if len(info.shape) > 1]
+    return "bf16" if 2 * stored.count(torch.bfloat16) > len(stored) else "f16"
+
+
+def _write_web(job: _Job, names: Sequence[str], static: bool) -> list[BundleFile]:
+    """The transformers.js layout below `web`; its vision graphs are made from ours where that takes any batch."""
+    if not names:
+        return []
+    from .decoder import DECODER_PRECISIONS
+    from .web import write_web
+
+    graph = None if static else job.root / "vision-fp32.onnx"
+    written = write_web(job.source, job.root / "web", names, vision_fp32=graph, progress=job.tell)
+    suffixes = {DECODER_PRECISIONS[name].suffix: name for name in names}
+    files = []
+    for path in sorted(path for path in written if ".onnx_data" not in path.name):
+        place = path.relative_to(job.root).as_posix()
+        if path.suffix != ".onnx":
+            files.append(describe_file(job.root, place, "web", "text", {}))
+            continue
+        suffix = next((suffix for suffix in suffixes if suffix and path.stem.endswith(suffix)), "")
+        parts = sorted(part for part in written if part.name.startswith(f"{path.name}_data"))
+        names_of_parts = [part.relative_to(job.root).as_posix() for part in parts]
+        types = onnx_io.tensor_types(path)
+        files.append(describe_file(job.root, place, "web", suffixes[suffix], types, names_of_parts))
+    return files
+
+
+def _names_of(paths: Sequence[Path]) -> list[str]:
+    return [path.name for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +22,14 @@ class Check:
     stage: str
     """pixels, image_features, image_embeds, prompt_ids, first_logits or answer"""
     input: str
-    """`reference`: the stage alone; `own`: everything up to it"""
+    """`reference`: the stage alone; `own`: everything up to it; `spec`: what both say of themselves; `template`: what
+    other hosts make of the GGUF's own chat template"""
     passed: bool
     """within the tolerance; true where there is none"""
     gated: bool
     """whether the build's verdict depends on it; the others only explain"""
     max_abs: float | None = None
-    """largest absolute difference; pixels in grey levels"""
+    """largest absolute difference; pixels in grey levels; none where shapes differ or a value is not finite"""
     mean_abs: float | None = None
     """mean absolute difference"""
     relative: float | None = None
@@ -49,8 +51,8 @@ class Check:
         numbers = [f"{name} {value:.6g}" for key, name in names.items() if (value := getattr(self, key)) is not None]
         mark = "ok  " if self.passed else "FAIL"
         told = mark if self.gated else "    "
-        given = "alone" if self.input == "reference" else "in line"
-        return f"{told} {self.stage:<14} {given:<7}  {'  '.join(numbers)}" + (
+        given = {"reference": "alone", "own": "in line"}.get(self.input, self.input)
+        return f"{told} {self.stage:<14} {given:<8}  {'  '.join(numbers)}" + (
             "" if self.passed else f"  (worst: {self.worst})"
         )
 
@@ -69,15 +71,16 @@ class Difference:
     def add(self, name: str, ours: Floats, theirs: Floats) -> None:
         """Compare one sample; a wrong shape counts as an infinite difference."""
         self._samples += 1
-        if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        wrong = _incomparable(ours, theirs)
+        if wrong:
             self.max_abs = self.relative = self._sum = np.inf
-            self.cosine, self.worst = -1.0, name
+            self.cosine, self.worst = -1.0, f"{name}: {wrong}"
             return
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         difference = np.abs(a - b)
         relative = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        if relative >= self.relative:
+        if relative >= self.relative and np.isfinite(self.relative):
             self.worst = name
         self.max_abs = max(self.max_abs, float(difference.max()))
         self.relative = max(self.relative, relative)
@@ -126,8 +129,9 @@ class Pixels:
     def add(self, name: str, ours: Floats, theirs: Floats) -> None:
         """Compare (3, S, S); a wrong shape counts as an infinite difference."""
         self._samples += 1
-        if ours.shape != theirs.shape:
-            self._max, self._worst = np.inf, name
+        wrong = _incomparable(ours, theirs)
+        if wrong:
+            self._max, self._worst = np.inf, f"{name}: {wrong}"
             self._values += theirs.size
             return
         levels = np.abs(ours.astype(np.float64) - theirs) * self._scale
@@ -140,8 +144,10 @@ class Pixels:
 
     def check(self, stage: str, given: str, limit: Tolerance) -> Check:
         """The verdict."""
-        found = {"max_abs": self._max, "mean_abs": self._sum / self._values, "share": self._within / self._values}
-        return judge(stage, given, limit, {**found, "equal": self._equal / self._samples}, self._worst)
+        values, samples = max(1, self._values), max(1, self._samples)
+        found = {"max_abs": self._max, "mean_abs": self._sum / values, "share": self._within / values}
+        ran = self._samples > 0
+        return judge(stage, given, limit, {**found, "equal": self._equal / samples}, self._worst, ran)
 
 
 class Equal:
@@ -150,6 +156,11 @@ class Equal:
     def __init__(self) -> None:
         self._samples = self._same = self._tied = 0
         self._worst = ""
+
+    @property
+    def samples(self) -> int:
+        """Samples so far."""
+        return self._samples
 
     @property
     def all(self) -> bool:
@@ -166,16 +177,19 @@ class Equal:
 
     def check(self, stage: str, given: str, limit: Tolerance) -> Check:
         """The verdict."""
-        share = (self._same + self._tied) / self._samples
-        return judge(stage, given, limit, {"share": share, "equal": self._same / self._samples}, self._worst)
+        samples = max(1, self._samples)
+        found = {"share": (self._same + self._tied) / samples, "equal": self._same / samples}
+        return judge(stage, given, limit, found, self._worst, ran=self._samples > 0)
 
 
 def judge(
     stage: str, given: str, limit: Tolerance | None, found: Mapping[str, Any], worst: str, ran: bool = True
 ) -> Check:
     """Compare the numbers with their limits. A gated stage that could not run did not pass."""
+    worst = worst if ran else "it did not run"
+    shown: dict[str, Any] = {k: v if v is not None and math.isfinite(v) else None for k, v in found.items()}
     if limit is None:
-        return Check(stage, given, True, False, worst=worst, **found)
+        return Check(stage, given, True, False, worst=worst, **shown)
     upper = all(
         bound is None or (value is not None and value <= bound)
         for bound, value in ((limit.max_abs, found.get("max_abs")), (limit.relative, found.get("relative")))
@@ -184,4 +198,11 @@ def judge(
         bound is None or (value is not None and value >= bound)
         for bound, value in ((limit.cosine, found.get("cosine")), (limit.share, found.get("share")))
     )
-    return Check(stage, given, ran and upper and lower, True, tolerance=limit, worst=worst, **found)
+    return Check(stage, given, ran and upper and lower, True, tolerance=limit, worst=worst, **shown)
+
+
+def _incomparable(ours: Floats, theirs: Floats) -> str:
+    """Why two arrays can't be subtracted; empty when they can."""
+    if ours.shape != theirs.shape:
+        return f"shape {ours.shape}, {theirs.shape} expected"
+    return "" if np.isfinite(ours).all() else "not finite"

@@ -1,79 +1,109 @@
-"""The language model → one GGUF: token embedding, decoder, head, tokenizer and chat template.
+"""The language model → GGUF: token embedding, decoder, head, tokenizer and chat template, in one file or in shards.
 
-Tensors are converted and written one at a time, so the file costs no second copy of the model in memory.
+Tensors are read, converted and written one at a time, so the model is never in memory whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import gguf
-import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ExportError
-from ..files import is_full, new_file, no_space
 from ..prompt import get_template
+from ..spec import ModelSpec
+from ..weights import TensorInfo
 from .chat_template import chat_template
+from .gguf_header import read_shards
+from .gguf_shards import new_gguf, shards_of
+from .llm_architectures import Architecture, architecture_of, interleave_halves, rope_factors, write_shape
 from .tokenizer import check_tokenizer, read_vocabulary, write_vocabulary
 
 Progress = Callable[[str], None]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROPE = "rope_freqs.weight"
+BLOCK_BYTES = 16 << 20  # of float32, read and converted together
+
+
+class LlmTensors(Protocol):
+    """What export_llm reads: checkpoint.LlmSource, or a loaded model behind `in_memory`."""
+
+    @property
+    def config(self) -> Any:
+        """transformers configuration of the language model"""
+
+    @property
+    def tokenizer(self) -> Any:
+        """transformers fast tokenizer"""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """how the model must be fed"""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """stand-alone name (`model.layers.0…`, `lm_head.weight`) → header; a tied head is left out"""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start..stop of one tensor in its type on disk."""
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """How one Hugging Face architecture is told to llama.cpp."""
+class FloatType:
+    """A float type that a GGUF's matrices are written in; vectors are always float32."""
 
-    gguf_arch: gguf.MODEL_ARCH
-    """llama.cpp's architecture"""
-    activation: str
-    """the only `hidden_act` that llama.cpp's graph computes"""
-    write_keys: Callable[[gguf.GGUFWriter, Any], None]
-    """adds the architecture's own keys"""
-    permute_rotary: bool = False
-    """whether llama.cpp rotates neighbouring channels (Llama) where Hugging Face rotates the two halves of a head"""
+    dtype: torch.dtype
+    """type to convert to"""
+    tensor_type: gguf.GGMLQuantizationType
+    """the same in a tensor's header"""
+    file_type: gguf.LlamaFileType
+    """the same in `general.file_type`"""
 
 
-def _rms_keys(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _phi_keys(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_layer_norm_eps(config.layer_norm_eps)
-    if getattr(config, "qk_layernorm", False):
-        raise ExportError(f"{config.model_type}: qk_layernorm has no GGUF form", "export a model without it")
-
-
-def _stablelm_keys(writer: gguf.GGUFWriter, config: Any) -> None:
-    _phi_keys(writer, config)
-    writer.add_parallel_residual(bool(config.use_parallel_residual))
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, "silu", _rms_keys, permute_rotary=True),
-    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2, "silu", _rms_keys),
-    "phi": Architecture(gguf.MODEL_ARCH.PHI2, "gelu_new", _phi_keys),
-    "stablelm": Architecture(gguf.MODEL_ARCH.STABLELM, "silu", _stablelm_keys),
-}
 FLOAT_TYPES = {
-    "f32": (torch.float32, gguf.LlamaFileType.ALL_F32),
-    "f16": (torch.float16, gguf.LlamaFileType.MOSTLY_F16),
+    "f32": FloatType(torch.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "bf16": FloatType(torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "f16": FloatType(torch.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
 }
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor to write."""
+
+    source: str
+    """name in the language model; empty for Llama 3's rope factors"""
+    name: str
+    """name in the GGUF"""
+    shape: tuple[int, ...]
+    """sizes, outermost first"""
+    kind: FloatType
+    """type to write"""
 
 
 def export_llm(
-    checkpoint: Checkpoint, target: Path, float_type: str = "f16", progress: Progress | None = None
+    source: LlmTensors | Checkpoint,
+    target: Path,
+    float_type: str = "f16",
+    *,
+    max_shard_bytes: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
     """Write the GGUF and prove its tokenizer.
 
     Args:
-        checkpoint: loaded checkpoint.
-        target: file to write, whole or not at all.
-        float_type: `f16` or `f32`; vectors (norms, biases) are always float32.
+        source: checkpoint.LlmSource, read tensor by tensor, or a loaded checkpoint.
+        target: file to write, whole or not at all; with shards `name.gguf` becomes `name-00001-of-0000N.gguf` and so
+            on, see gguf_shards.shards_of.
+        float_type: key of FLOAT_TYPES; vectors and norms are always float32.
+        max_shard_bytes: most tensor bytes per file; a larger model is split as llama.cpp expects, at least one tensor
+            per file. One file by default.
         progress: told each step.
 
     Returns:
@@ -83,141 +113,178 @@ def export_llm(
         ExportError: an architecture, activation, rope or tokenizer without a GGUF form; a weight that is not finite.
         StorageError: the disk is full.
     """
-    config = checkpoint.model.config.text_config
-    architecture = _architecture(config)
-    dtype, file_type = FLOAT_TYPES[float_type]
-    template = get_template(checkpoint.spec.template)
-    vocabulary = read_vocabulary(checkpoint.tokenizer, checkpoint.model.get_input_embeddings().weight.shape[0])
-    with new_file(target) as temporary:
-        writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture.gguf_arch])
+    if isinstance(source, Checkpoint):
+        source = in_memory(source)
+    config, kind = source.config, FLOAT_TYPES[float_type]
+    architecture = architecture_of(config)
+    plan = _plan(source, architecture, kind)
+    template = get_template(source.spec.template)
+    vocabulary = read_vocabulary(source.tokenizer, source.infos[EMBEDDING].shape[0])
+    with new_gguf(target) as temporary:
+        writer = gguf.GGUFWriter(
+            temporary, gguf.MODEL_ARCH_NAMES[architecture.gguf_arch], split_max_size=max_shard_bytes or 0
+        )
         try:
             writer.add_type("model")
-            writer.add_name(checkpoint.spec.name)
-            writer.add_file_type(file_type)
-            _write_shape(writer, config, len(vocabulary.tokens))
-            architecture.write_keys(writer, config)
-            write_vocabulary(writer, vocabulary, checkpoint.tokenizer, template.end_of_turn)
+            writer.add_name(source.spec.name)
+            writer.add_file_type(kind.file_type)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            write_shape(writer, architecture, config, len(vocabulary.tokens))
+            write_vocabulary(writer, vocabulary, source.tokenizer, template.end_of_turn)
             if not template.caption_only:
-                writer.add_chat_template(
-                    chat_template(template, checkpoint.tokenizer.bos_token if vocabulary.add_bos else "")
-                )
-            _write_tensors(writer, checkpoint, architecture, dtype, progress)
-        except OSError as error:
-            if error.errno is None and is_full(target):  # numpy's own words for a short write
-                raise no_space(target) from error
-            raise
+                bos = source.tokenizer.bos_token if vocabulary.add_bos else ""
+                writer.add_chat_template(chat_template(template, bos, first_space=vocabulary.first_space))
+            _write_tensors(writer, source, architecture, plan, progress)
         finally:
             writer.close()
-        check_tokenizer(temporary, checkpoint.tokenizer)
+        check_tokenizer(shards_of(temporary)[0], source.tokenizer)
     return tensor_types(target)
 
 
 def tensor_types(path: Path) -> dict[str, int]:
-    """Tensor type, in lower case → number of tensors, read from a GGUF; most frequent first."""
+    """Tensor type, in lower case → number of tensors, read from a GGUF and its shards; most frequent first."""
     counts: dict[str, int] = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        name = tensor.tensor_type.name.lower()
-        counts[name] = counts.get(name, 0) + 1
+    for tensor in read_shards(path).tensors.values():
+        counts[tensor.type] = counts.get(tensor.type, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _architecture(config: Any) -> Architecture:
-    if config.model_type not in ARCHITECTURES:
-        raise ExportError(
-            f"no GGUF form for language model {config.model_type!r}", f"known: {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[config.model_type]
-    rope = config.rope_parameters
-    if config.hidden_act != architecture.activation:
-        raise ExportError(
-            f"{config.model_type}: hidden_act {config.hidden_act!r}, llama.cpp computes {architecture.activation!r}",
-            "export a model with that activation",
-        )
-    if rope["rope_type"] != "default":
-        raise ExportError(
-            f"{config.model_type}: rope_type {rope['rope_type']!r} has no GGUF form here", "use default rope"
-        )
-    return architecture
+@dataclass(frozen=True)
+class _Loaded:
+    """A loaded model's language model as LlmTensors."""
+
+    config: Any
+    """transformers configuration of the language model"""
+    tokenizer: Any
+    """transformers fast tokenizer"""
+    spec: ModelSpec
+    """how the model must be fed"""
+    tensors: Mapping[str, torch.Tensor]
+    """stand-alone name → parameter"""
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Stand-alone name → shape and type."""
+        return {name: TensorInfo(tuple(t.shape), t.dtype, Path()) for name, t in self.tensors.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of one parameter."""
+        return self.tensors[name][start:stop]
 
 
-def _write_shape(writer: gguf.GGUFWriter, config: Any, rows: int) -> None:
-    """The keys that every architecture has."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    writer.add_vocab_size(rows)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or heads)
-    if head_dim * heads != config.hidden_size:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-
-
-def _parameters(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name in a stand-alone language model, tensor; a tied head is left out: llama.cpp reads the embedding again."""
+def in_memory(checkpoint: Checkpoint) -> LlmTensors:
+    """A loaded checkpoint's language model under the names that it has when it stands alone; no tied head."""
     model = checkpoint.model
-    for name, parameter in model.model.language_model.named_parameters():
-        yield f"model.{name}", parameter.detach()
+    tensors = {f"model.{name}": p.detach() for name, p in model.model.language_model.named_parameters()}
     tied = model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     for name, parameter in model.lm_head.named_parameters():
         if not (tied and name == "weight"):
-            yield f"lm_head.{name}", parameter.detach()
+            tensors[f"lm_head.{name}"] = parameter.detach()
+    return _Loaded(model.config.text_config, checkpoint.tokenizer, checkpoint.spec, tensors)
 
 
-def _write_tensors(
-    writer: gguf.GGUFWriter,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> None:
-    """Announce every tensor, then convert and write them in the same order."""
-    config = checkpoint.model.config.text_config
+def _plan(source: LlmTensors, architecture: Architecture, kind: FloatType) -> list[_Planned]:
+    """Every tensor with its name and type in the GGUF, in the source's order."""
+    config = source.config
     names = gguf.get_tensor_name_map(architecture.gguf_arch, config.num_hidden_layers)
-    plan: list[tuple[str, str, torch.Tensor, torch.dtype]] = []
-    for name, tensor in _parameters(checkpoint):
+    if architecture.head == "tied" and HEAD in source.infos:
+        raise ExportError(
+            f"{config.model_type}: a head of its own has no GGUF form", "export a model with tied embeddings"
+        )
+    factors, plan = rope_factors(config), []
+    if factors is not None:
+        plan.append(_Planned("", _ROPE, tuple(factors.shape), FLOAT_TYPES["f32"]))
+    for name, info in source.infos.items():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise ExportError(
                 f"{config.model_type}: tensor {name} has no GGUF name", "export a model of the stock architecture"
             )
-        kind = dtype if tensor.ndim > 1 else torch.float32
-        plan.append((name, mapped, tensor, kind))
-        writer.add_tensor_info(mapped, tuple(tensor.shape), _numpy_dtype(kind), tensor.numel() * kind.itemsize)
+        matrix = len(info.shape) > 1 and mapped.endswith(".weight") and not mapped.endswith("_norm.weight")
+        plan.append(_Planned(name, mapped, info.shape, kind if matrix else FLOAT_TYPES["f32"]))
+    if architecture.head == "own" and HEAD not in source.infos:
+        plan.append(_Planned(EMBEDDING, "output.weight", source.infos[EMBEDDING].shape, kind))
+    return plan
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    source: LlmTensors,
+    architecture: Architecture,
+    plan: list[_Planned],
+    progress: Progress | None,
+) -> None:
+    """Announce every tensor, then convert and write them in the same order."""
+    for item in plan:
+        size, first = math.prod(item.shape) * item.kind.dtype.itemsize, torch.zeros((), dtype=item.kind.dtype)
+        writer.add_tensor_info(item.name, item.shape, _numpy(first).dtype, size, raw_dtype=item.kind.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for done, (name, _mapped, tensor, kind) in enumerate(plan, 1):
-        writer.write_tensor_data(_convert(name, tensor, kind, architecture, config))
+    for done, item in enumerate(plan, 1):
+        writer.write_tensor_data(cast(Any, _Streamed(source, architecture, item)))
         if progress:
             progress(f"language model: tensor {done} of {len(plan)}")
 
 
-def _convert(name: str, tensor: torch.Tensor, kind: torch.dtype, architecture: Architecture, config: Any) -> Any:
-    """One tensor in the file's type and llama.cpp's row order. Raises ExportError where a value is lost."""
-    if not torch.isfinite(tensor).all():
-        raise ExportError(f"tensor {name} holds NaN or infinity", "train again from the last good checkpoint")
-    converted = tensor.to(kind)
-    if not torch.isfinite(converted).all():
-        raise ExportError(f"tensor {name} reaches {tensor.abs().max():.3g}, beyond float16", "export with --llm f32")
-    if architecture.permute_rotary:
+class _Streamed:
+    """A tensor that is read, checked, converted and written a few rows at a time: the part of an array that GGUFWriter
+    asks for."""
+
+    def __init__(self, source: LlmTensors, architecture: Architecture, item: _Planned) -> None:
+        self._source, self._architecture, self._item = source, architecture, item
+        self.nbytes = math.prod(item.shape) * item.kind.dtype.itemsize
+
+    def tofile(self, file: Any) -> None:
+        """Write every value behind what the file holds already."""
+        for part in self._parts():
+            _check_values(self._source.spec.name, self._item, part)
+            _numpy(_convert(self._item, part, self._architecture, self._source.config)).tofile(file)
+
+    def _parts(self) -> Iterator[torch.Tensor]:
+        name, shape = self._item.source, self._item.shape
+        if not name:
+            factors = rope_factors(self._source.config)
+            yield torch.empty(0) if factors is None else factors
+            return
+        whole = len(shape) < 2 or _rotated(self._item, self._architecture)  # rows of those change places
+        step = shape[0] if whole else max(1, BLOCK_BYTES // (math.prod(shape[1:]) * 4))
+        for start in range(0, shape[0], step):
+            yield self._source.rows(name, start, start + step)
+
+
+def _rotated(item: _Planned, architecture: Architecture) -> bool:
+    """Whether the tensor's rows are permuted for llama.cpp's rotation."""
+    return architecture.permute_rotary and item.source.split(".")[-2] in ("q_proj", "k_proj")
+
+
+def _convert(item: _Planned, tensor: torch.Tensor, architecture: Architecture, config: Any) -> torch.Tensor:
+    """One tensor in the file's type and llama.cpp's row order."""
+    if architecture.norm_offset and item.name.endswith("_norm.weight"):
+        tensor = tensor.float() + architecture.norm_offset
+    converted = tensor.to(item.kind.dtype)
+    if item.source and _rotated(item, architecture):
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        part = name.split(".")[-2]
-        if part in heads:
-            converted = _interleave_halves(converted, heads[part])
-    return np.ascontiguousarray(converted.numpy())
+        converted = interleave_halves(converted, heads[item.source.split(".")[-2]])
+    return converted
 
 
-def _interleave_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from (half, pair) to (pair, half) order: (heads * dim, …) → the same shape."""
-    dim = rows.shape[0] // heads
-    return rows.reshape(heads, 2, dim // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+def _check_values(model: str, item: _Planned, tensor: torch.Tensor) -> None:
+    """Raise ExportError for NaN, infinity, and values beyond the type to write. One pass, no copy."""
+    low, high = (float(end) for end in torch.aminmax(tensor))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ExportError(
+            f"{model}: tensor {item.source} holds NaN or infinity", "train again from the last good checkpoint"
+        )
+    largest = max(-low, high)
+    if not torch.isfinite(torch.tensor(largest, dtype=torch.float64).to(item.kind.dtype)):
+        kind = str(item.kind.dtype).removeprefix("torch.")
+        raise ExportError(
+            f"{model}: tensor {item.source} reaches {largest:.3g}, beyond {kind}", "export with --llm bf16 or f32"
+        )
 
 
-def _numpy_dtype(kind: torch.dtype) -> np.dtype[Any]:
-    return np.dtype({torch.float16: np.float16, torch.float32: np.float32}[kind])
+def _numpy(tensor: torch.Tensor) -> Any:
+    """As a numpy array; bfloat16, which numpy lacks, as its bits."""
+    whole = tensor.contiguous()
+    return whole.view(torch.uint16).numpy() if whole.dtype == torch.bfloat16 else whole.numpy()

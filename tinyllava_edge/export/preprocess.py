@@ -1,6 +1,6 @@
 """Preprocessing as a graph: uint8 RGB of any size → `pixel_values`, so that every host feeds the tower the same pixels.
 
-Equal to the Hugging Face processors on Pillow (SiglipImageProcessorPil, CLIPImageProcessorPil). Three facts carry that:
+Equal to the Hugging Face processors on Pillow (of SigLIP, CLIP, and DINOv2's BitImageProcessorPil). Three facts:
 Resize runs on uint8, so each pass rounds and clamps to 0..255 as Pillow's does; there is one Resize per axis, because
 Pillow resamples one axis after the other; and the order of the axes follows Pillow 13's rule (ImagingResample). Older
 Pillow runs the horizontal pass first for nearly every picture, which moves tall ones by a few levels of 255.
@@ -22,11 +22,19 @@ from . import onnx_io
 OPSET = 19  # the first with uint8 Resize on chosen axes, and old enough for every ONNX Runtime in use
 IR_VERSION = 9
 
-# Pillow's bicubic: a = -0.5, support widened when shrinking, weights renormalised at the borders.
-_BICUBIC = (
-    'mode = "cubic", cubic_coeff_a = -0.5, antialias = 1, exclude_outside = 1, '
-    'coordinate_transformation_mode = "half_pixel"'
-)
+# Pillow's filters: support widened when shrinking, weights renormalised at the borders; bicubic with a = -0.5.
+_FILTERS = {
+    "bicubic": 'mode = "cubic", cubic_coeff_a = -0.5, exclude_outside = 1, antialias = 1',
+    "bilinear": 'mode = "linear", exclude_outside = 1, antialias = 1',
+}
+_FILTER, _SOURCE = "FILTER", "SOURCE"  # stand for one of these in the texts below
+
+# ONNX Runtime 1.31 would move the transposition behind a bilinear Resize and then lose its size; a Reshape to the
+# same shape stops that.
+_SOURCES = {
+    "bicubic": "  source = Identity (planes)\n",
+    "bilinear": "  planes_shape = Shape (planes)\n  source = Reshape (planes, planes_shape)\n",
+}
 
 _LAYOUT = """
   planes = Transpose <perm = [0, 3, 1, 2]> (image)
@@ -62,8 +70,8 @@ _WARP_SIZE = """
 
 _CROP_SIZE = """
   short = Min (height, width)
-  scaled_height = Mul (size, height)
-  scaled_width = Mul (size, width)
+  scaled_height = Mul (resize, height)
+  scaled_width = Mul (resize, width)
   new_height = Div (scaled_height, short)
   new_width = Div (scaled_width, short)
 """
@@ -78,12 +86,12 @@ _RESIZE = f"""
   shrinks_most = Greater (rows_lost, columns_lost_twice)
   vertical_first = And (shrinks, shrinks_most)
   first_height = Where (vertical_first, new_height, height)
-  pass_1 = Resize <axes = [2], {_BICUBIC}> (planes, , , first_height)
-  pass_2 = Resize <axes = [3], {_BICUBIC}> (pass_1, , , new_width)
+  pass_1 = Resize <axes = [2], {_FILTER}> (source, , , first_height)
+  pass_2 = Resize <axes = [3], {_FILTER}> (pass_1, , , new_width)
 """
 
 _WARP_LAST = f"""
-  square = Resize <axes = [2], {_BICUBIC}> (pass_2, , , new_height)
+  square = Resize <axes = [2], {_FILTER}> (pass_2, , , new_height)
 """
 
 # Columns outside the crop are dropped before the last pass: it treats each column alone, so nothing changes but memory.
@@ -92,15 +100,15 @@ _CROP_LAST = f"""
   crop_left = Div (extra_width, two)
   crop_right = Add (crop_left, size)
   kept_columns = Slice (pass_2, crop_left, crop_right, axis_width)
-  pass_3 = Resize <axes = [2], {_BICUBIC}> (kept_columns, , , new_height)
+  pass_3 = Resize <axes = [2], {_FILTER}> (kept_columns, , , new_height)
   extra_height = Sub (new_height, size)
   crop_top = Div (extra_height, two)
   crop_bottom = Add (crop_top, size)
   square = Slice (pass_3, crop_top, crop_bottom, axis_height)
 """
 
-_SIZES = """
-  height = Shape <start = 2, end = 3> (planes)
+_SIZES = f"""
+{_SOURCE}  height = Shape <start = 2, end = 3> (planes)
   width = Shape <start = 3, end = 4> (planes)
 """
 
@@ -121,20 +129,24 @@ _POLICIES = {
 def preprocess_graph(spec: ModelSpec) -> onnx.ModelProto:
     """Graph `image` uint8 (1, H, W, 3) → `pixel_values` float32 (1, 3, S, S), for the spec's image policy.
 
-    `warp` resizes to S x S; `crop` brings the shortest edge to S and cuts the centre; `pad` centres the picture on a
-    square of `pad_color` (LLaVA's expand2square) and resizes that.
+    `warp` resizes to S x S; `crop` brings the shortest edge to S, or to `crop_resize` (DINOv2: 256 for S = 224), and
+    cuts the centre; `pad` centres the picture on a square of `pad_color` (LLaVA's expand2square) and resizes that.
 
     Raises:
-        ExportError: the policy has no graph.
+        ExportError: the policy or the resize filter has no graph.
     """
     if spec.image_policy not in _POLICIES:
         known = ", ".join(_POLICIES)
         raise ExportError(f"{spec.name}: no graph for image policy {spec.image_policy!r}", f"known: {known}")
+    if spec.resample not in _FILTERS:
+        raise ExportError(f"{spec.name}: no graph for filter {spec.resample!r}", f"known: {', '.join(_FILTERS)}")
     side = spec.image_size
+    resize = f'{_FILTERS[spec.resample]}, coordinate_transformation_mode = "half_pixel"'
+    text = _POLICIES[spec.image_policy].replace(_SOURCE, _SOURCES[spec.resample]).replace(_FILTER, resize)
     model: onnx.ModelProto = onnx.parser.parse_model(
         f'<ir_version: {IR_VERSION}, opset_import: ["": {OPSET}], producer_name: "tinyllava_edge">\n'
         f"preprocess (uint8[1, H, W, 3] image) => (float[1, 3, {side}, {side}] pixel_values)\n"
-        f"{{{_POLICIES[spec.image_policy]}}}"
+        f"{{{text}}}"
     )
     used = {name for node in model.graph.node for name in node.input}
     for name, value in _constants(spec).items():
@@ -152,7 +164,8 @@ def write_preprocess(spec: ModelSpec, target: Path) -> dict[str, int]:
 
 def _constants(spec: ModelSpec) -> dict[str, npt.NDArray[np.generic]]:
     """Every constant that a policy's text may name."""
-    numbers = {"zero": 0, "one": 1, "two": 2, "three": 3, "axis_height": 2, "axis_width": 3, "size": spec.image_size}
+    numbers = {"zero": 0, "one": 1, "two": 2, "three": 3, "axis_height": 2, "axis_width": 3}
+    numbers |= {"size": spec.image_size, "resize": spec.crop_resize or spec.image_size}
     return {
         **{name: np.array([value], dtype=np.int64) for name, value in numbers.items()},
         "pad_color": np.array(spec.pad_color, dtype=np.uint8).reshape(1, 3, 1, 1),

@@ -1,25 +1,25 @@
-"""The tokenizer inside a GGUF: byte-level BPE from `tokenizer.json`, and the proof that llama.cpp agrees on the ids."""
+"""The tokenizer inside a GGUF, and the proof that llama.cpp gives the checkpoint's ids and bytes with it."""
 
 from __future__ import annotations
 
 import ctypes
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 
 from ..errors import ExportError
+from ..runtimes.text import FIRST_SPACE, MODEL, NFC, gguf_vocabulary
+from ..sentencepiece_file import SPACE
+from ..tokenizer_sections import ALWAYS, FIRST, SectionTokenizer, token_bytes
 from .native_log import NativeLog, captured
+from .vocabulary import HINT, SPLIT_PATTERNS, Vocabulary, read_vocabulary
 
-# GPT-2's pattern is built into ByteLevel; others are spelled out in tokenizer.json. Pattern → llama.cpp's name for it.
-_GPT2 = "gpt-2"
-SPLIT_PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
+__all__ = ["SPLIT_PATTERNS", "STRESS_TEXTS", "Vocabulary", "check_tokenizer", "read_vocabulary", "write_vocabulary"]
 
 # Texts on which tokenizers are known to part ways.
 STRESS_TEXTS = (
@@ -38,6 +38,7 @@ STRESS_TEXTS = (
     "0 1 12 123 1234 12345678901234567890 3.14 1,000 -7 1e-5 0x1F",
     "Ⅷ ½ ² ٣ ४ 五",
     "naïve café Ñandú cafe\u0301 ﬁ ß Æ İ ı",
+    "A\u030angstro\u0308m \u1100\u1161\u11a8 \u212b \u0301alone q\u0323\u0307",
     "中文 日本語のテキスト 한국어 ไทย العربية עברית हिन्दी",
     "😀 👍🏽 👨‍👩‍👧‍👦 🇨🇭 ❤️ a😀b",
     "𝒳 𐍈 \U0001f9ff",
@@ -47,87 +48,14 @@ STRESS_TEXTS = (
     "CamelCase snake_case kebab-case UPPER lower MiXeD",
     "</s> <s> <unk> <image> <|endoftext|> <pad> [PAD1025]",
     "a<image>b </s>c <s>d",
+    "</ s> <s</s>> <0x0A> <0xE2> \u2581\u2581x <|im_end|> <|im_start|> <bos><eos> <end_of_turn>",
     "\\n \\t %s {} {{}} \x07\x1b[0m",
     "a" * 300,
     " " * 70,
     "=" * 130,
+    "\n" * 40 + "\t" * 40,
+    "ab" * 60 + " ." * 40,
 )
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF stores of a tokenizer."""
-
-    pre: str
-    """llama.cpp's name of the pre-tokenizer"""
-    tokens: tuple[str, ...]
-    """one text per embedding row"""
-    types: tuple[int, ...]
-    """gguf.TokenType of each row"""
-    merges: tuple[str, ...]
-    """BPE merges in order, the two halves parted by a space"""
-    add_bos: bool
-    """whether a text starts with the beginning-of-sequence token"""
-    add_eos: bool
-    """whether a text ends with the end-of-sequence token"""
-
-
-def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """Read a Hugging Face fast tokenizer.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        rows: rows of the embedding; those beyond the vocabulary become unused tokens.
-
-    Raises:
-        ExportError: a part that llama.cpp would apply otherwise, by name; more tokens than rows.
-    """
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = pre_tokenizer_name(raw)
-    vocab: dict[str, int] = dict(raw["model"]["vocab"])
-    kinds = dict.fromkeys(vocab.values(), gguf.TokenType.NORMAL)
-    for token in raw.get("added_tokens") or ():
-        vocab[token["content"]] = token["id"]
-        kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-    texts = {index: text for text, index in vocab.items()}
-    if max(texts) >= rows:
-        raise ExportError(
-            f"tokenizer: token id {max(texts)}, but the embedding has {rows} rows", "restore the checkpoint"
-        )
-    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"])
-    add_bos, add_eos = _added_ends(tokenizer)
-    return Vocabulary(
-        pre=pre,
-        tokens=tuple(texts.get(index, f"[PAD{index}]") for index in range(rows)),
-        types=tuple(int(kinds.get(index, gguf.TokenType.UNUSED)) for index in range(rows)),
-        merges=tuple(merges),
-        add_bos=add_bos,
-        add_eos=add_eos,
-    )
-
-
-def pre_tokenizer_name(raw: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json splits text. Raises ExportError that names the part without one."""
-    model = raw["model"]
-    for key, plain in (("byte_fallback", False), ("ignore_merges", False), ("dropout", None)):
-        if (model.get(key) or plain) != plain:
-            raise ExportError(f"tokenizer.json: model.{key}={model[key]!r} has no GGUF form", _HINT)
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise ExportError(f"tokenizer.json: model {model['type']} is not byte-level BPE", _HINT)
-    if raw.get("normalizer") is not None:
-        raise ExportError(f"tokenizer.json: normalizer {_type(raw['normalizer'])} has no GGUF form", _HINT)
-    given: dict[str, Any] = raw.get("pre_tokenizer") or {"type": None}
-    parts: list[dict[str, Any]] = given["pretokenizers"] if given["type"] == "Sequence" else [given]
-    last = parts[-1]
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        if len(parts) == 1 and last.get("use_regex", True):
-            return _GPT2
-        split = parts[0]
-        if len(parts) == 2 and split["type"] == "Split" and not last.get("use_regex", True):
-            pattern = split["pattern"].get("Regex")
-            if pattern in SPLIT_PATTERNS and split["behavior"] == "Isolated" and not split["invert"]:
-                return SPLIT_PATTERNS[pattern]
-    raise ExportError(f"tokenizer.json: pre-tokenizer {json.dumps(given)[:200]} is not known", _HINT)
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: Any, end_of_turn: str) -> None:
@@ -142,11 +70,14 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer:
     Raises:
         ExportError: `end_of_turn` is no token, or there is no end-of-sequence token.
     """
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    else:
+        writer.add_token_merges(vocabulary.merges)
     if tokenizer.eos_token_id is None:
         raise ExportError("tokenizer: no end-of-sequence token", "set eos_token in tokenizer_config.json")
     for add, index in (
@@ -166,44 +97,75 @@ def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer:
             writer.add_eot_token_id(vocabulary.tokens.index(end_of_turn))
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(vocabulary.add_eos)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(vocabulary.prefix == ALWAYS)
+    if vocabulary.first_space:  # llama.cpp has no word for it; the runtime and the chat template add the space
+        writer.add_bool(FIRST_SPACE, True)
+    if vocabulary.nfc:
+        writer.add_bool(NFC, True)
 
 
 def check_tokenizer(path: Path, tokenizer: Any) -> None:
-    """Prove that llama.cpp tokenises like the checkpoint: STRESS_TEXTS and every token's own text, special or typed.
+    """Prove that llama.cpp tokenises like the checkpoint, and gives the same bytes back.
+
+    Sections as the runtimes tokenise them (special tokens typed by a user stay text; at the beginning of a chunk and
+    behind an end-of-turn mark), whole texts as other hosts do (special tokens read), on STRESS_TEXTS and on every
+    token's own text; then every token's bytes.
 
     Raises:
-        ExportError: naming the first text whose ids differ, or a file that llama.cpp refuses.
+        ExportError: naming the first text or token that differs, or a file that llama.cpp refuses.
     """
     from tokenizers import Tokenizer
 
-    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    raw.no_padding()
-    raw.no_truncation()
-    tokens = [tokenizer.decode([index]) for index in range(len(tokenizer))]
+    plain = SectionTokenizer(tokenizer)
+    whole = plain.bare if plain.prefix == FIRST else Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    whole.no_padding()
+    whole.no_truncation()
+    spell = token_bytes(tokenizer)
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    size = tokenizer.backend_tokenizer.get_vocab_size()
+    own = [added[k].content if k in added else spell(k).decode("utf-8", "replace") for k in range(size)]
+    texts = [*STRESS_TEXTS, *(f"a {token.content}{token.content} b" for token in added.values()), *own]
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no lone surrogates
     with captured() as log:
-        vocab = _NativeVocab(path, log)
+        native = _NativeVocab(path, log)
         try:
-            for parse_special in (False, True):
-                raw.encode_special_tokens = not parse_special
-                for texts, add_special in ((STRESS_TEXTS, True), (STRESS_TEXTS, False), (tokens, False)):
-                    wanted = raw.encode_batch(list(texts), add_special_tokens=add_special)
-                    for text, encoding in zip(texts, wanted, strict=True):
-                        ids = vocab.tokenize(text, add_special, parse_special)
-                        _compare(path, text, ids, encoding.ids, parse_special)
+            rules = gguf_vocabulary(native.plain, native.rules, None, 0, 0)
+            plain.bare.encode_special_tokens = True
+            for starts in (True, False) if plain.prefix == FIRST else (True,):
+                tokenize = rules.tokenize if starts else rules.tokenize_rest or rules.tokenize
+                wanted = plain.bare.encode_batch([plain.text(t, starts) for t in texts], add_special_tokens=False)
+                _compare_all(path, texts, map(tokenize, texts), wanted, "as plain text")
+            whole.encode_special_tokens = False
+            # llama.cpp takes tokens with certain names for control tokens: in Qwen2, one that no merge reaches, `</s>`
+            named = [k for k in range(size) if native.is_control(k) and not (k in added and added[k].special)]
+            marks = re.compile("|".join(re.escape(token.content) for token in added.values()) or "(?!)")
+            texts = [*STRESS_TEXTS, *filter(marks.search, texts)]  # others can't differ from plain text
+            texts = [text for text in texts if not any(own[k] in text for k in named)]
+            for add_special in (False, True):
+                given = (native.tokenize(native.prepare(text), add_special, True) for text in texts)
+                wanted = whole.encode_batch(texts, add_special_tokens=add_special)
+                _compare_all(path, texts, given, wanted, "with special tokens")
+            for index in set(range(size)) - set(named):
+                if native.piece(index) != spell(index):
+                    raise ExportError(
+                        f"{path}: llama.cpp spells token {index} as {native.piece(index)!r}, not {spell(index)!r}", HINT
+                    )
         finally:
-            vocab.close()
+            native.close()
 
 
-def _compare(path: Path, text: str, ours: list[int], theirs: list[int], parse_special: bool) -> None:
-    if ours == theirs:
-        return
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    raise ExportError(
-        f"{path}: llama.cpp tokenises {text[:60]!r} otherwise: ids from position {at} are {ours[at : at + 6]}, "
-        f"not {theirs[at : at + 6]} (special tokens {'parsed' if parse_special else 'plain'})",
-        _HINT,
-    )
+def _compare_all(path: Path, texts: Iterable[str], given: Iterable[list[int]], wanted: Iterable[Any], how: str) -> None:
+    for text, ours, encoding in zip(texts, given, wanted, strict=True):
+        theirs: Sequence[int] = encoding.ids
+        if ours == theirs:
+            continue
+        pairs = enumerate(zip(ours, theirs, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+        raise ExportError(
+            f"{path}: llama.cpp tokenises {text[:60]!r} otherwise {how}: ids from position {at} are "
+            f"{ours[at : at + 6]}, not {theirs[at : at + 6]}",
+            HINT,
+        )
 
 
 class _NativeVocab:
@@ -213,43 +175,45 @@ class _NativeVocab:
         import llama_cpp
 
         self._api = llama_cpp
+        self._ids, self._bytes = (ctypes.c_int32 * 4096)(), ctypes.create_string_buffer(4096)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise ExportError(
                 f"{path}: llama.cpp can't load the vocabulary ({log.reason()})", "report this with tokenizer.json"
             )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.rules = {key: self._text(key) == b"true" for key in (FIRST_SPACE, NFC)} | {MODEL: self._text(MODEL)}
+
+    def plain(self, text: str) -> list[int]:
+        """Ids, special-token strings being plain text."""
+        return self.tokenize(text, False, False)
+
+    def prepare(self, text: str) -> str:
+        """The text with what llama.cpp leaves to its caller done: see runtimes.text.gguf_vocabulary."""
+        text = unicodedata.normalize("NFC", text) if self.rules[NFC] else text
+        return text.replace(SPACE, " ") if self.rules[MODEL] == b"llama" else text
 
     def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         data = text.encode()
-        room = len(data) + 8
-        ids = (ctypes.c_int32 * room)()
+        if len(data) + 8 > len(self._ids):
+            self._ids = (ctypes.c_int32 * (2 * len(data) + 8))()
+        ids, room = self._ids, len(self._ids)
         count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, add_special, parse_special)
         return list(ids[: max(count, 0)])
 
+    def piece(self, index: int) -> bytes:
+        count = self._api.llama_token_to_piece(self._vocab, index, self._bytes, len(self._bytes), 0, False)
+        return self._bytes.raw[: max(count, 0)]
+
+    def is_control(self, index: int) -> bool:
+        return bool(self._api.llama_vocab_get_attr(self._vocab, index) & self._api.LLAMA_TOKEN_ATTR_CONTROL)
+
+    def _text(self, key: str) -> bytes:
+        count = self._api.llama_model_meta_val_str(self._model, key.encode(), self._bytes, len(self._bytes))
+        return bytes(self._bytes.value) if count >= 0 else b""
+
     def close(self) -> None:
         self._api.llama_model_free(self._model)
-
-
-_HINT = "use a byte-level BPE tokenizer with GPT-2's splitting, as the nano model's"
-
-
-def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
-    """What the post-processor adds around a text, learned from what it does. Raises ExportError for other additions."""
-    plain: Sequence[int] = tokenizer.encode("a", add_special_tokens=False)
-    full: Sequence[int] = tokenizer.encode("a", add_special_tokens=True)
-    for add_bos in (False, True):
-        for add_eos in (False, True):
-            expected = [tokenizer.bos_token_id] * add_bos + list(plain) + [tokenizer.eos_token_id] * add_eos
-            if list(full) == expected:
-                return add_bos, add_eos
-    raise ExportError(
-        f"tokenizer.json: post-processor turns {list(plain)} into {list(full)}, which has no GGUF form", _HINT
-    )
-
-
-def _type(part: Any) -> str:
-    return str(part.get("type")) if isinstance(part, dict) else repr(part)

@@ -4,11 +4,12 @@
 (one row per visual token, or the logits of a sample). Relative error sees a wrong scale, cosine sees one bad token.
 Logits are centred first: adding a constant to all of them changes nothing.
 
-Floating-point limits are an order of magnitude above what correct exports measure, and one to three below what the
-known faults do (a swapped mean, a wrong feature layer, a post-norm left in). Quantised limits are about three times
-what a trained nano model measures on 66 pictures (relative error of the logits: q8_0 0.023, q6_k 0.069, q5_k_m 0.067,
-q4_k_m 0.081, q4_0 0.066), ten times for int8 vision: towers with outlier channels lose more. So other models fit
-and a wrong block does not; whether the answers are still right is for `eval` to say.
+Float32 features are held to what float32 itself can promise, see `float32_features`: the subtlest known fault, erf-GELU
+for tanh-GELU, moves them by 1e-4 to 6e-4 and nothing else shows it. Other floating-point limits are an order of
+magnitude above what correct exports measure. Quantised limits are about three to four times what a trained nano model
+measures on 66 pictures, ten times for int8 vision: towers with outlier channels lose more. So other models fit and a
+wrong matrix does not, but one bad block may hide below 4 bits: the float builds of the same bundle show it. Types that
+need an importance matrix were measured with one of ones. Whether the answers are still right is for `eval` to say.
 """
 
 from __future__ import annotations
@@ -40,38 +41,97 @@ PIXELS = Tolerance(
     share=0.999,
     reason="resizing rounds to 8 bits in both; a value may fall on the other side of .5, which is one grey level",
 )
+SPEC = Tolerance(share=1.0, reason="two fields are equal or they are not")
 PROMPT_IDS = Tolerance(share=1.0, reason="tokenisation is exact or wrong")
 
 FEATURES: dict[str, Tolerance] = {
-    "fp32": Tolerance(relative=1e-3, cosine=0.99999, reason="float32 on both sides; only the order of sums differs"),
+    "fp32": Tolerance(relative=2e-5, cosine=0.99999, reason="float32 on both sides; see float32_features"),
     "fp16": Tolerance(
-        relative=1e-2, cosine=0.9995, reason="10-bit mantissa, about 5e-4 a value, adding up over layers"
+        relative=1e-2,
+        cosine=0.9995,
+        reason="10-bit mantissa, adding up over layers; 0.0005 measured on a trained nano model",
     ),
     "int8": Tolerance(
-        relative=0.2, cosine=0.98, reason="dynamic 8-bit weights and activations; 0.021 and 0.9993 measured"
+        relative=0.2,
+        cosine=0.98,
+        reason="dynamic 8-bit weights and activations; 0.021 and 0.9993 measured on a trained nano model",
     ),
-    "int4": Tolerance(relative=0.4, cosine=0.92, reason="4-bit weights in blocks, float activations"),
+    "w8": Tolerance(
+        relative=0.06,
+        cosine=0.998,
+        reason="8-bit weights in blocks, float activations; 0.013 and 0.9997 measured on a trained nano model",
+    ),
+    "w4": Tolerance(
+        relative=0.4, cosine=0.92, reason="4-bit weights in blocks; 0.14 and 0.98 measured on a trained nano model"
+    ),
+    "qdq": Tolerance(
+        relative=0.4,
+        cosine=0.92,
+        reason="static 8-bit ranges from a few pictures; 0.089 and 0.989 measured on a trained nano model",
+    ),
 }
 EMBEDS: dict[str, Tolerance] = FEATURES  # the connector is two more matrix products of the same precision
 
+
+def _blocks(relative: float, cosine: float, share: float, measured: float, what: str) -> Tolerance:
+    return Tolerance(
+        relative=relative, cosine=cosine, share=share, reason=f"{what}; {measured:g} measured on a trained nano model"
+    )
+
+
+_THREE, _TWO, _ONE = "3-bit blocks", "2-bit blocks: rarely of use on small models", "below 2 bits: for the curious"
 LOGITS: dict[str, Tolerance] = {
-    "f32": Tolerance(max_abs=0.02, share=1.0, reason="float32 weights, but llama.cpp keeps keys and values in float16"),
-    "f16": Tolerance(max_abs=0.05, share=1.0, reason="float16 weights and key-value cache"),
-    "bf16": Tolerance(relative=0.05, cosine=0.998, share=0.95, reason="7-bit mantissa"),
-    "q8_0": Tolerance(relative=0.08, cosine=0.995, share=0.95, reason="8-bit blocks of 32 with a float16 scale"),
-    "q6_k": Tolerance(relative=0.2, cosine=0.98, share=0.95, reason="6-bit blocks"),
-    "q5_k_m": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks, 6 bits where it matters"),
-    "q5_k_s": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks"),
-    "q5_0": Tolerance(relative=0.2, cosine=0.98, share=0.9, reason="5-bit blocks"),
-    "q4_k_m": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks, 6 bits where it matters"),
-    "q4_k_s": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
-    "q4_0": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks"),
-    "iq4_xs": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks with a fixed code book"),
-    "iq4_nl": Tolerance(relative=0.25, cosine=0.96, share=0.9, reason="4-bit blocks with a fixed code book"),
-    "q3_k_m": Tolerance(relative=0.4, cosine=0.9, share=0.8, reason="3-bit blocks"),
-    "q2_k": Tolerance(relative=0.8, cosine=0.6, share=0.5, reason="2-bit blocks: rarely of use on small models"),
+    "f32": Tolerance(max_abs=0.02, share=1.0, reason="float32 on both sides; 0.0001 measured"),
+    "f16": Tolerance(max_abs=0.05, share=1.0, reason="float16 weights and key-value cache; 0.008 measured"),
+    "bf16": _blocks(0.05, 0.998, 0.95, 0.007, "7-bit mantissa"),
+    "q8_0": _blocks(0.08, 0.995, 0.95, 0.015, "8-bit blocks of 32 with a float16 scale"),
+    "q6_k": _blocks(0.2, 0.98, 0.95, 0.042, "6-bit blocks"),
+    "q5_k_m": _blocks(0.2, 0.98, 0.9, 0.039, "5-bit blocks, 6 bits where it matters"),
+    "q5_k_s": _blocks(0.2, 0.98, 0.9, 0.039, "5-bit blocks"),
+    "q5_1": _blocks(0.2, 0.98, 0.9, 0.045, "5-bit blocks with an offset"),
+    "q5_0": _blocks(0.2, 0.98, 0.9, 0.056, "5-bit blocks"),
+    "q4_k_m": _blocks(0.25, 0.96, 0.9, 0.06, "4-bit blocks, 6 bits where it matters"),
+    "q4_k_s": _blocks(0.25, 0.96, 0.9, 0.061, "4-bit blocks"),
+    "q4_1": _blocks(0.3, 0.95, 0.9, 0.11, "4-bit blocks with an offset"),
+    "q4_0": _blocks(0.4, 0.93, 0.9, 0.15, "4-bit blocks"),
+    "iq4_nl": _blocks(0.35, 0.94, 0.9, 0.12, "4-bit blocks with a fixed code book"),
+    "iq4_xs": _blocks(0.35, 0.94, 0.9, 0.12, "4-bit blocks with a fixed code book"),
+    "q3_k_l": _blocks(0.45, 0.88, 0.8, 0.15, _THREE),
+    "q3_k_m": _blocks(0.45, 0.88, 0.8, 0.14, _THREE),
+    "q3_k_s": _blocks(0.5, 0.85, 0.8, 0.16, _THREE),
+    "iq3_m": _blocks(0.45, 0.88, 0.8, 0.11, _THREE),
+    "iq3_s": _blocks(0.45, 0.88, 0.8, 0.083, _THREE),
+    "iq3_xs": _blocks(0.45, 0.88, 0.8, 0.099, _THREE),
+    "iq3_xxs": _blocks(0.5, 0.85, 0.8, 0.12, _THREE),
+    "q2_k": _blocks(0.8, 0.6, 0.5, 0.23, _TWO),
+    "q2_k_s": _blocks(0.8, 0.6, 0.5, 0.35, _TWO),
+    "iq2_m": _blocks(0.8, 0.6, 0.5, 0.14, _TWO),
+    "iq2_s": _blocks(0.8, 0.6, 0.5, 0.14, _TWO),
+    "iq2_xs": _blocks(0.8, 0.6, 0.5, 0.32, _TWO),
+    "iq2_xxs": _blocks(0.8, 0.6, 0.5, 0.34, _TWO),
+    "iq1_m": _blocks(0.9, 0.5, 0.5, 0.38, _ONE),
+    "iq1_s": _blocks(0.9, 0.5, 0.5, 0.55, _ONE),
+    "tq1_0": _blocks(0.8, 0.6, 0.5, 1.1, "for models trained with ternary weights; others fail, rightly"),
+    "tq2_0": _blocks(0.8, 0.6, 0.5, 1.1, "for models trained with ternary weights; others fail, rightly"),
 }
 EXACT_VISION, EXACT_LLM = ("fp32",), ("f32", "f16")  # builds whose answers must equal the checkpoint's, ties aside
+
+
+def float32_features(noise: float) -> Tolerance:
+    """Limits of a float32 graph, given how much rounding moves the reference itself.
+
+    `noise` is the relative change of the reference's features when every pixel moves by its last bit: all roundings are
+    drawn anew. Correct exports measured 1 to 2 times that (nano towers, trained and random; the so400m and CLIP-L
+    architectures with random weights; the same with outlier channels, where it is 1e-5 instead of 5e-7); erf-GELU for
+    tanh-GELU measured 20 to 500 times.
+    """
+    base = FEATURES["fp32"]
+    relative = min(1e-3, max(base.relative or 0.0, 8 * noise))
+    return Tolerance(
+        relative=relative,
+        cosine=base.cosine,
+        reason=f"float32 on both sides: eight times the reference's own rounding ({noise:.1e}), but at least 2e-5",
+    )
 
 
 def whole_road(vision: str, llm: str) -> Tolerance:

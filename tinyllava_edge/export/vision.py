@@ -5,29 +5,99 @@ Legend: b pictures, s side in pixels, n tower positions, t tokens kept, v tower 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from ..errors import ExportError
-from ..files import is_full, new_file, no_space
 from ..spec import ModelSpec
 from . import onnx_io
+from .lazy_graph import INLINE_BYTES, LazyGraph, Weight, write_graph
+from .vision_quantize import CALIBRATED, VISION_PRECISIONS, quantize_vision_int8
+
+__all__ = [
+    "CALIBRATED",
+    "VISION_PRECISIONS",
+    "VisionGraph",
+    "export_vision_fp32",
+    "layers_used",
+    "quantize_vision_int8",
+]
 
 OPSET = 20  # the first with a native Gelu, tanh form included
 IR_VERSION = 10
 INPUTS = ("pixel_values",)
 OUTPUTS = ("image_embeds", "image_features")
-FAMILIES = ("clip", "siglip")
+
+
+class ClipEmbeddings(nn.Module):
+    """CLIP's class token, patches and positions, and the norm before the first layer."""
+
+    def __init__(self, tower: Any, _side: int) -> None:
+        super().__init__()
+        self.embeddings, self.pre_norm = tower.embeddings, tower.pre_layrnorm
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(b, 3, s, s) → (b, n, v)."""
+        return self.pre_norm(self.embeddings(pixel_values))
+
+
+class Siglip2Embeddings(nn.Module):
+    """SigLIP 2's patches as the convolution that they are, and its positions resized to the square once."""
+
+    positions: torch.Tensor
+
+    def __init__(self, tower: Any, side: int) -> None:
+        super().__init__()
+        old = tower.embeddings
+        patch = int(tower.config.patch_size)
+        linear, table, grid = old.patch_embedding, old.position_embedding.weight, side // patch
+        self.patches = nn.Conv2d(3, linear.out_features, patch, patch)
+        self.patches.weight = nn.Parameter(linear.weight.reshape(-1, patch, patch, 3).permute(0, 3, 1, 2).contiguous())
+        self.patches.bias = linear.bias
+        square = table.reshape(old.position_embedding_size, old.position_embedding_size, -1)
+        shapes = torch.tensor([[grid, grid]])
+        self.register_buffer("positions", old.resize_positional_embeddings(square, shapes, max_length=grid * grid))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(b, 3, s, s) → (b, n, v)."""
+        return self.patches(pixel_values).flatten(2).transpose(1, 2) + self.positions
+
+
+class Dinov2Embeddings(nn.Module):
+    """DINOv2's class token and patches, and its positions interpolated to the square once."""
+
+    positions: torch.Tensor
+
+    def __init__(self, tower: Any, side: int) -> None:
+        super().__init__()
+        old = tower.embeddings
+        self.projection = old.patch_embeddings.projection
+        self.cls_token = old.cls_token
+        tokens = (side // int(self.projection.stride[0])) ** 2 + 1
+        like = torch.empty(1, tokens, old.cls_token.shape[-1])
+        self.register_buffer("positions", old.interpolate_pos_encoding(like, side, side))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(b, 3, s, s) → (b, n, v)."""
+        patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
+        return torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + self.positions
+
+
+EMBEDDINGS: dict[str, Callable[[Any, int], nn.Module]] = {
+    "clip": ClipEmbeddings,
+    "siglip": lambda tower, _side: tower.embeddings,
+    "siglip2": Siglip2Embeddings,
+    "dinov2": Dinov2Embeddings,
+}
 
 
 class VisionGraph(nn.Module):
@@ -40,21 +110,21 @@ class VisionGraph(nn.Module):
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         """Share the modules of a TinyLlava model. Raises ExportError for a tower or layer that has no graph."""
         super().__init__()
-        if spec.vision_family not in FAMILIES:
+        if spec.vision_family not in EMBEDDINGS:
             raise ExportError(
-                f"{spec.name}: no graph for vision family {spec.vision_family!r}", f"known: {', '.join(FAMILIES)}"
+                f"{spec.name}: no graph for vision family {spec.vision_family!r}", f"known: {', '.join(EMBEDDINGS)}"
             )
         tower = model.model.vision_tower
-        layers = list(tower.encoder.layers)
-        self.embeddings = tower.embeddings
-        self.pre_norm = tower.pre_layrnorm if spec.vision_family == "clip" else nn.Identity()
+        layers = list(tower.encoder.layer if spec.vision_family == "dinov2" else tower.encoder.layers)
+        with torch.no_grad():
+            self.embeddings = EMBEDDINGS[spec.vision_family](tower, spec.image_size)
         self.layers = nn.ModuleList(layers[: layers_used(spec, len(layers))])
         self.first_kept = {"full": 0, "default": 1}[spec.select_strategy]
         self.connector = model.model.multi_modal_projector
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, 3, s, s) → image embeddings (b, t, d) and the tower features (b, t, v) that they were made from."""
-        hidden = self.pre_norm(self.embeddings(pixel_values))  # (b, n, v)
+        hidden = self.embeddings(pixel_values)  # (b, n, v)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=None)  # (b, n, v)
         features = hidden[:, self.first_kept :]  # (b, t, v)
@@ -76,13 +146,14 @@ def layers_used(spec: ModelSpec, layers: int) -> int:
     return index
 
 
-def export_vision_fp32(model: Any, spec: ModelSpec, target: Path) -> dict[str, int]:
-    """Write the graph in float32: one file, dynamic batch.
+def export_vision_fp32(model: Any, spec: ModelSpec, target: Path, *, static: bool = False) -> dict[str, int]:
+    """Write the graph in float32: one file, above 2 GB with its weights in `<name>.data`.
 
     Args:
-        model: TinyLlava in float32 and eval mode.
+        model: TinyLlava in float32 and eval mode; only `model.vision_tower` and `model.multi_modal_projector` are used.
         spec: the checkpoint's spec.
         target: file to write, whole or not at all.
+        static: fix the batch to 1, so that every shape is known: what CoreML and NPUs ask for.
 
     Returns:
         Type → number of tensors, read back from the file.
@@ -91,28 +162,31 @@ def export_vision_fp32(model: Any, spec: ModelSpec, target: Path) -> dict[str, i
         ExportError: the tower can't be exported, or its shapes differ from what the spec promises.
     """
     graph = VisionGraph(model, spec).eval()
-    pixels = torch.zeros(2, 3, spec.image_size, spec.image_size)  # a batch of 1 would be taken for a constant
+    batch = 1 if static else 2  # a dynamic batch of 1 would be taken for a constant
+    pixels = torch.zeros(batch, 3, spec.image_size, spec.image_size)
     with torch.no_grad():
         shape = tuple(graph(pixels)[0].shape)
-    if shape != (2, spec.visual_tokens, spec.embedding_dim):
+    if shape != (batch, spec.visual_tokens, spec.embedding_dim):
         raise ExportError(
             f"{spec.name}: the tower gives {shape[1:]} embeddings, "
             f"the spec says ({spec.visual_tokens}, {spec.embedding_dim})",
             "correct visual_tokens, embedding_dim or select_strategy in model_spec.json",
         )
     try:
-        with _quiet(), torch.no_grad():
+        with onnx_io.quiet(), torch.no_grad():
             program = torch.onnx.export(
                 graph,
                 (pixels,),
                 input_names=INPUTS,
                 output_names=OUTPUTS,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=None if static else ({0: torch.export.Dim("batch")},),
                 dynamo=True,
-                external_data=False,
+                optimize=False,
                 verbose=False,
             )
+            if program is not None:  # the exporter's own optimiser would hold every transposed weight in memory
+                optimize_ir(program.model, should_fold=lambda node: False if _is_weight_transpose(node) else None)
     except Exception as error:  # the exporter wraps whatever failed inside it
         reason = str(error).strip().splitlines()
         raise ExportError(
@@ -120,48 +194,64 @@ def export_vision_fp32(model: Any, spec: ModelSpec, target: Path) -> dict[str, i
         ) from error
     if program is None:
         raise ExportError(f"{spec.name}: the vision graph can't be exported")
-    proto = program.model_proto
-    del program
-    _forget_sources(proto)
-    proto.ir_version = IR_VERSION
-    proto.producer_name, proto.producer_version = "tinyllava_edge", ""
-    onnx_io.save(proto, target)
+    write_graph(_lazy(program.model), target)
     return onnx_io.tensor_types(target)
 
 
-def quantize_vision_int8(src: Path, dst: Path) -> dict[str, int]:
-    """Dynamic int8 of every matrix product: weights per channel, signed; activations are quantised as they come.
-
-    Convolutions stay float: as ConvInteger the patch embedding is slower and less exact.
-
-    Returns:
-        Type → number of tensors, read back from the file.
-    """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with new_file(dst) as temporary, _quiet(), tempfile.TemporaryDirectory(dir=dst.parent, prefix=".quant-") as room:
-        link = Path(room) / "fp32.onnx"  # the quantiser writes a second copy beside its source
-        link.symlink_to(src.resolve())
-        try:
-            quantize_dynamic(
-                link, temporary, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
-            )
-        except DecodeError as error:  # that copy is written without a look at the disk, then read back
-            if is_full(dst, needed=src.stat().st_size):
-                raise no_space(dst) from error
-            raise ExportError(f"{src}: not a valid graph ({error})", "export again") from error
-    types = onnx_io.tensor_types(dst)
-    if not types.get("int8"):
-        raise ExportError(f"{dst}: no tensor became int8", "report this with the checkpoint's config.json")
-    return types
+def _is_weight_transpose(node: Any) -> bool:
+    return node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
 
 
-# Precision → how its file is made from the float32 graph; None is that graph itself.
-VISION_PRECISIONS: dict[str, Callable[[Path, Path], dict[str, int]] | None] = {
-    "fp32": None,
-    "int8": quantize_vision_int8,
-}
+def _lazy(model: Any) -> LazyGraph:
+    """The exporter's graph. Its parameters stay in the torch model; those of linear layers are transposed when read."""
+    values = {name: value.const_value for name, value in model.graph.initializers.items()}
+    tensors = {name: tensor for name, tensor in values.items() if tensor.nbytes >= INLINE_BYTES}
+    for name in tensors:
+        model.graph.initializers.pop(name)
+    proto = onnx_ir.to_proto(model)
+    _forget_sources(proto)
+    proto.ir_version = IR_VERSION
+    proto.producer_name, proto.producer_version = "tinyllava_edge", ""
+    graph = LazyGraph(proto)
+    uses = Counter(name for node in proto.graph.node for name in node.input)
+    renamed = {value.name: name for value, name in zip(proto.graph.output, OUTPUTS, strict=True)}
+    for node in list(proto.graph.node):
+        source = node.input[0] if node.input else ""
+        if source not in tensors:
+            continue
+        if node.op_type == "Transpose":
+            weight = _weight(tensors[source], tuple(node.attribute[0].ints))
+        elif node.op_type == "Gather" and node.input[1] in values:  # positions, looked up by numbers that never change
+            weight = _rows(tensors[source], values[node.input[1]])
+        else:
+            continue
+        name = renamed[node.output[0]] = source if uses[source] == 1 else node.output[0]
+        graph.weights[name] = weight
+        proto.graph.node.remove(node)
+    for node in proto.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        value.name = renamed.get(value.name, value.name)
+    used = {name for node in proto.graph.node for name in node.input}
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    for name, tensor in tensors.items():
+        if name in used and name not in graph.weights:
+            graph.weights[name] = _weight(tensor, tuple(range(len(tensor.shape))))
+    return graph
+
+
+def _weight(tensor: Any, axes: tuple[int, ...]) -> Weight:
+    shape = tuple(int(tensor.shape[axis]) for axis in axes)
+    return Weight(shape, np.dtype(tensor.dtype.numpy()), lambda: tensor.numpy().transpose(axes))
+
+
+def _rows(table: Any, numbers: Any) -> Weight:
+    rows = numbers.numpy()
+    shape = (*rows.shape, *(int(size) for size in table.shape[1:]))
+    return Weight(shape, np.dtype(table.dtype.numpy()), lambda: table.numpy()[rows])
 
 
 def _forget_sources(proto: onnx.ModelProto) -> None:
@@ -179,16 +269,3 @@ def _forget_sources(proto: onnx.ModelProto) -> None:
     for value in [*proto.graph.input, *proto.graph.output, *proto.graph.initializer]:
         del value.metadata_props[:]
         value.doc_string = ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' advice off the screen, and off stdout in any case: stdout is data."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

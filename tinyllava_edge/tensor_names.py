@@ -1,0 +1,52 @@
+"""Names of a Llava model's tensors: every Hugging Face nesting → the one that transformers 5 uses in memory.
+
+Four nestings exist: before 4.52 (`language_model.model.*`, `vision_tower.vision_model.*`), since 4.52
+(`model.language_model.*`, `model.vision_tower.vision_model.*`), in memory in 5 (no `vision_model`), and what 5 writes
+(`model.language_model.model.*`).
+"""
+
+from __future__ import annotations
+
+TEXT = "model.language_model."
+HEAD = "lm_head."
+TOWER = "model.vision_tower."
+CONNECTOR = "model.multi_modal_projector."
+# Longest first within a part: the first prefix that fits is taken.
+_PREFIXES = (
+    ("model.language_model.model.", TEXT),
+    ("model.language_model.lm_head.", HEAD),
+    ("model.language_model.", TEXT),
+    ("language_model.model.", TEXT),
+    ("language_model.lm_head.", HEAD),
+    ("language_model.", TEXT),
+    ("lm_head.", HEAD),
+    ("model.vision_tower.vision_model.", TOWER),
+    ("model.vision_tower.", TOWER),
+    ("vision_tower.vision_model.", TOWER),
+    ("vision_tower.", TOWER),
+    ("model.multi_modal_projector.", CONNECTOR),
+    ("multi_modal_projector.", CONNECTOR),
+)
+_NESTED_TOWERS = ("clip", "siglip")
+
+
+def in_memory(name: str) -> str | None:
+    """Name in `TinyLlava.state_dict()` of a tensor in any Hugging Face Llava file; None for a foreign name."""
+    for prefix, ours in _PREFIXES:
+        if name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return None
+
+
+def on_disk(name: str, vision_family: str) -> str:
+    """Name in the files that we write: the nesting since 4.52, which transformers 4.52 to 5, vLLM and we read alike."""
+    if name.startswith(TOWER) and vision_family in _NESTED_TOWERS:
+        return f"{TOWER}vision_model.{name.removeprefix(TOWER)}"
+    return name
+
+
+def stand_alone(name: str) -> str | None:
+    """Name in the language model's own files (`model.layers.0…`, `lm_head.weight`) of an in-memory name, else None."""
+    if name.startswith(TEXT):
+        return f"model.{name.removeprefix(TEXT)}"
+    return name if name.startswith(HEAD) else None
