@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from tinyllava_edge.errors import EngineError
+from tinyllava_edge.runtimes.devices import DevicePlan, choose_device
 from tinyllava_edge.runtimes.edge import EdgeRuntime, open_edge
 from tinyllava_edge.runtimes.reference import ReferenceRuntime, open_reference
 
@@ -88,3 +90,12 @@ def picture(seed: int = 0, height: int = 64, width: int = 64) -> npt.NDArray[np.
 @pytest.fixture
 def image() -> npt.NDArray[np.uint8]:
     return picture()
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> DevicePlan:
+    """Each device in turn; one that this machine hasn't is skipped with what is missing."""
+    try:
+        return choose_device(request.param)
+    except EngineError as error:
+        pytest.skip(error.message)

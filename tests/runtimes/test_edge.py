@@ -164,7 +164,7 @@ def test_timings_and_environment(siglip: Pair, image: Any) -> None:
         first, second = (edge.answer(image, "what?", max_tokens=6) for _ in range(2))
         assert first.timings.load_ms > 0 == second.timings.load_ms
         stages = second.timings.to_dict()
-        assert all(ms > 0 for stage, ms in stages.items() if stage != "load_ms")
+        assert all(ms > 0 for stage, ms in stages.items() if stage not in ("load_ms", "queue_ms"))
         assert stages["ttft_ms"] < sum(stages.values()) - stages["ttft_ms"]
         rate = second.decode_tokens_per_s
         assert rate is not None and rate == pytest.approx(5000 / second.timings.decode_ms)

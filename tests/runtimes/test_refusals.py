@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tinyllava_edge.bundle import MANIFEST, open_bundle
+from tinyllava_edge.bundle import MANIFEST, read_bundle
 from tinyllava_edge.errors import BundleError, EngineError, ImageError, TinyLlavaEdgeError, UnverifiedError, UsageError
 from tinyllava_edge.files import sha256_file
+from tinyllava_edge.runtimes.devices import ON_CPU
 from tinyllava_edge.runtimes.edge import EdgeRuntime, open_edge
 
 from .conftest import Pair, picture
@@ -92,8 +94,8 @@ def test_unverified(siglip: Pair, bundle: Path) -> None:
     with pytest.raises(UnverifiedError, match=r"fp32\+f16 carries no `verified` stamp"):
         open_edge(bundle, BUILD)
     with pytest.raises(UnverifiedError):
-        open_edge(open_bundle(bundle))
-    open_bundle(bundle).stamp({BUILD: {"passed": True}, "fp32+f32": {"passed": False}})
+        open_edge(read_bundle(bundle))
+    read_bundle(bundle).stamp({BUILD: {"passed": True}, "fp32+f32": {"passed": False}})
     with open_edge(bundle, BUILD) as edge:
         assert edge.environment()["verified"] is True
     with pytest.raises(UnverifiedError):
@@ -148,7 +150,8 @@ def test_settings_out_of_range(bundle: Path) -> None:
     with pytest.raises(UsageError, match="no build 'int3'"):
         open_edge(bundle, "int3", allow_unverified=True)
     with pytest.raises(EngineError, match="no NoSuchProvider"):
-        open_edge(bundle, BUILD, allow_unverified=True, providers=["NoSuchProvider"])
+        plan = replace(ON_CPU, providers=("NoSuchProvider",))
+        open_edge(bundle, BUILD, allow_unverified=True, plan=plan)
 
 
 def test_pictures_that_are_none(edge: EdgeRuntime, tmp_path: Path) -> None:

@@ -7,7 +7,18 @@ import pytest
 from tinyllava_edge.errors import UsageError
 from tinyllava_edge.prompt import SYSTEM, TEMPLATES, Turn
 from tinyllava_edge.runtimes.base import IMAGE_PLACE
-from tinyllava_edge.runtimes.text import TextStream, Vocabulary, conversation_ids, prompt_ids, split_at_image, take
+from tinyllava_edge.runtimes.text import (
+    FIRST_SPACE,
+    MODEL,
+    NFC,
+    TextStream,
+    Vocabulary,
+    conversation_ids,
+    gguf_vocabulary,
+    prompt_ids,
+    split_at_image,
+    take,
+)
 
 LETTERS = Vocabulary(lambda text: [ord(letter) for letter in text], bos=1, end_of_turn=2, eos=2)
 
@@ -34,6 +45,44 @@ def test_conversation() -> None:
     ids = conversation_ids(turns, TEMPLATES["llama"], LETTERS, has_image=True)
     after = [*spell("\none ASSISTANT:"), *spell(" 1"), 2, *spell("USER: two ASSISTANT:")]
     assert list(ids) == [1, *spell(f"{SYSTEM} USER: "), IMAGE_PLACE, *after]
+
+
+def test_sections_are_tokenised_as_a_whole() -> None:
+    """A merge may cross from a question into its answer, and behind an end-of-turn mark there is another tokenizer."""
+    seen: list[tuple[str, str]] = []
+    words = Vocabulary(
+        lambda text: seen.append(("start", text)) or [5],  # type: ignore[func-returns-value]
+        bos=1,
+        end_of_turn=2,
+        eos=2,
+        tokenize_rest=lambda text: seen.append(("rest", text)) or [6],  # type: ignore[func-returns-value]
+    )
+    turns = [Turn("one", "1"), Turn("two", ""), Turn("three")]
+    assert conversation_ids(turns, TEMPLATES["phi"], words, has_image=True) == (1, 5, IMAGE_PLACE, 5, 2, 6, 2, 6)
+    assert seen == [
+        ("start", f"{SYSTEM} USER: "),
+        ("start", "\none ASSISTANT: 1"),
+        ("rest", "USER: two ASSISTANT: "),
+        ("rest", "USER: three ASSISTANT:"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "start", "rest"),
+    [
+        ({}, "e\u0301▁", "e\u0301▁"),
+        ({NFC: True}, "é▁", "é▁"),
+        ({MODEL: b"llama"}, "e\u0301 ", "e\u0301 "),
+        ({MODEL: b"llama", FIRST_SPACE: True}, " e\u0301 ", "e\u0301 "),
+        ({MODEL: b"gpt2", NFC: False, FIRST_SPACE: False}, "e\u0301▁", "e\u0301▁"),
+    ],
+)
+def test_rules_of_a_gguf(header: dict[str, object], start: str, rest: str) -> None:
+    """What llama.cpp leaves to its caller: composing, and a space where a chunk starts."""
+    words = gguf_vocabulary(spell, header, 1, 2, 3)
+    assert words.tokenize_rest is not None
+    assert words.tokenize("e\u0301▁") == spell(start) and words.tokenize_rest("e\u0301▁") == spell(rest)
+    assert words.tokenize("") == [] and (words.bos, words.end_of_turn, words.eos) == (1, 2, 3)
 
 
 def test_no_questions() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ..spec import ModelSpec
 
 Picture = str | Path | bytes | npt.NDArray[np.uint8]  # a path, a file's bytes, or RGB (height, width, 3)
 OnText = Callable[[str], None]
@@ -20,6 +22,8 @@ class StageTimings:
 
     load_ms: float = 0.0
     """opening the graphs and the GGUF; counted in the first answer only"""
+    queue_ms: float = 0.0
+    """waiting for requests that came earlier"""
     decode_image_ms: float = 0.0
     """file bytes → RGB"""
     preprocess_ms: float = 0.0
@@ -27,20 +31,31 @@ class StageTimings:
     vision_ms: float = 0.0
     """pixel_values → image embeddings"""
     prefill_ms: float = 0.0
-    """the whole prompt, image embeddings included, through the decoder"""
+    """the whole prompt, image embeddings included, through the decoder; tokenising it counts, too"""
+    image_prefill_ms: float = 0.0
+    """of it: the image embeddings; 0 where one call takes the whole prompt"""
+    text_prefill_ms: float = 0.0
+    """of it: the text; 0 where one call takes the whole prompt"""
     first_token_ms: float = 0.0
     """sampling the first token from the prefill's logits"""
     decode_ms: float = 0.0
     """tokens 2..n"""
+    clock_ms: float = 0.0
+    """first token by the clock, from the request's start on; stages overlap, so it may be less than their sum; 0 where
+    stages follow each other"""
+    total_ms: float = 0.0
+    """the whole answer by the clock, from the request's start to its last token; loading and the queue left out"""
 
     @property
     def ttft_ms(self) -> float:
-        """Time to first token with everything loaded: image decoding to the first token."""
-        return self.decode_image_ms + self.preprocess_ms + self.vision_ms + self.prefill_ms + self.first_token_ms
+        """Time to first token with everything loaded: image decoding to the first token; the queue is not counted."""
+        stages = self.decode_image_ms + self.preprocess_ms + self.vision_ms + self.prefill_ms + self.first_token_ms
+        return self.clock_ms or stages
 
     def to_dict(self) -> dict[str, float]:
         """Stage name → milliseconds, `ttft_ms` included."""
-        return {**asdict(self), "ttft_ms": self.ttft_ms}
+        stages = {name: value for name, value in vars(self).items() if name != "clock_ms"}
+        return {**stages, "ttft_ms": self.ttft_ms}
 
 
 @dataclass(frozen=True)
@@ -52,19 +67,46 @@ class Answer:
     token_ids: tuple[int, ...]
     """generated ids, the end token excluded"""
     finish_reason: str
-    """`stop` (end-of-turn token) or `length` (max_tokens or the context's end)"""
+    """`stop` (end-of-turn token or a stop string) or `length` (max_tokens or the context's end)"""
     n_prompt_tokens: int
     """prompt positions, image embeddings included"""
     n_image_tokens: int
     """image embeddings among them"""
     timings: StageTimings = field(default_factory=StageTimings)
     """stage timings"""
+    n_cached_tokens: int = 0
+    """prompt positions that the KV cache held already"""
+    stop_string: bool = False
+    """whether the answer ended before a stop string; its tokens are among `token_ids`"""
+    margins: tuple[float, ...] = ()
+    """logit of the chosen token minus the next best one's at each decoding step, the end token's step included; only
+    where several questions were answered together"""
+    token_ms: tuple[float, ...] = ()
+    """milliseconds of each decoding step, the end token's included; none where questions are decoded together"""
+
+    @property
+    def ended_by_token(self) -> bool:
+        """Whether the model ended the answer, which took a decoding step that gave no token."""
+        return self.finish_reason == "stop" and not self.stop_string
 
     @property
     def decode_tokens_per_s(self) -> float | None:
         """Rate of tokens 2..n (the end token's step included); None when none was decoded."""
-        steps = len(self.token_ids) - 1 + (1 if self.finish_reason == "stop" else 0)
+        steps = len(self.token_ids) - 1 + (1 if self.ended_by_token else 0)
         return 1000 * steps / self.timings.decode_ms if steps > 0 and self.timings.decode_ms > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: text, counts, finish reason, stage timings in milliseconds, decode rate in tokens per second."""
+        return {
+            "answer": self.text,
+            "finish_reason": self.finish_reason,
+            "n_prompt_tokens": self.n_prompt_tokens,
+            "n_image_tokens": self.n_image_tokens,
+            "n_cached_tokens": self.n_cached_tokens,
+            "n_generated_tokens": len(self.token_ids),
+            "timings_ms": self.timings.to_dict(),
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
 
 
 @dataclass(frozen=True)
@@ -95,6 +137,10 @@ class Runtime(Protocol):
     """`edge` or `reference`"""
     build: str
     """build name, or the checkpoint's precision"""
+    spec: ModelSpec
+    """how the model is fed"""
+    pictures_at_once: int
+    """pictures that `answer_pictures` computes together; an answer's last bits depend on which"""
 
     def answer(
         self, image: Picture | None, question: str, *, max_tokens: int = 128, on_text: OnText | None = None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from .llama import MAX_SEQUENCES, Llama
+from .llama import MAX_SEQUENCES, Floats, Llama
 from .stopwatch import Stopwatch
 from .text import take
 
@@ -24,6 +24,12 @@ def pack(sizes: Sequence[int], room: int) -> list[list[int]]:
     return groups
 
 
+def top_margins(logits: Floats) -> list[float]:
+    """Largest minus second largest of every row (r, vocab): how close the choice was."""
+    best = np.partition(logits, -2, axis=1)[:, -2:].astype(np.float64)
+    return [float(high - low) for low, high in best]
+
+
 def decode_group(
     llama: Llama,
     suffixes: Sequence[Sequence[int]],
@@ -31,7 +37,7 @@ def decode_group(
     max_tokens: int,
     stops: Collection[int],
     watch: Stopwatch,
-) -> list[tuple[list[int], str]]:
+) -> list[tuple[list[int], str, list[float]]]:
     """Greedy answers to questions whose common prefix lies in sequence 0; question i runs in sequence i + 1.
 
     Args:
@@ -43,13 +49,13 @@ def decode_group(
         watch: prefill, first token and decoding are added to it.
 
     Returns:
-        Per question: generated ids without the end token, and the finish reason.
+        Per question: generated ids without the end token, the finish reason, and each step's margin.
 
     Raises:
         ContextError: the group doesn't fit together.
     """
     rows = range(len(suffixes))
-    with watch.stage("prefill_ms"):
+    with watch.stage("prefill_ms", "text_prefill_ms"):
         for row in rows:
             llama.copy(0, row + 1)
         logits = llama.decode_tokens(
@@ -60,6 +66,7 @@ def decode_group(
         )
     with watch.stage("first_token_ms"):
         tokens = [int(token) for token in logits.argmax(axis=1)]
+        margins = [[margin] for margin in top_margins(logits)]
     places = [start + len(suffix) for suffix in suffixes]
     limits = [min(max_tokens, llama.n_ctx - place + 1) for place in places]
     ids: list[list[int]] = [[] for _ in rows]
@@ -72,10 +79,11 @@ def decode_group(
                 [row + 1 for row in active],
                 wanted=range(len(active)),
             )
-            for row, token in zip(active, logits.argmax(axis=1), strict=True):
+            for row, token, margin in zip(active, logits.argmax(axis=1), top_margins(logits), strict=True):
                 tokens[row] = int(token)
+                margins[row].append(margin)
                 places[row] += 1
                 finish[row] = take(ids[row], tokens[row], limits[row], stops)
     for row in rows:
         llama.remove(row + 1)
-    return list(zip(ids, finish, strict=True))
+    return list(zip(ids, finish, margins, strict=True))

@@ -6,22 +6,24 @@ looked for here, in plain Python, on a read-only map of the file; weights are ne
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError
+from .gguf_front import AGAIN, Damaged, damage, opened, read_front
 
-ARCHITECTURES = ("llama", "phi2", "stablelm", "qwen2")
-_MAX_PAIRS = 4096
-_MAX_ITEMS = 4 << 20
-_AGAIN = "copy the file again, or export the bundle again"
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+ARCHITECTURES = ("llama", "phi2", "stablelm", "qwen2", "qwen3", "gemma")
+_WHOLE_HEADS = ("llama", "qwen2", "qwen3")  # llama.cpp asserts that they rotate every channel
+_MAX_SHARDS = 1024
+_WHAT = "a GGUF"
+# Of models with experts and other extras: llama.cpp asserts that their numbers fit together.
+_FOREIGN = (
+    *("expert_count", "expert_used_count", "expert_group_count", "expert_group_used_count", "nextn_predict_layers"),
+    *("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa", "attention.sliding_window"),
+)
 
 # Of onnx.proto: which fields of which message lead to a tensor.
 _ONNX: dict[str, dict[int, str]] = {
@@ -37,113 +39,101 @@ _ONNX: dict[str, dict[int, str]] = {
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 
 
-class _Damaged(Exception):
-    """The header contradicts itself or runs past the file's end."""
-
-
 def check_gguf(path: Path) -> dict[str, Any]:
-    """Check a GGUF's header against what makes llama.cpp end the process.
+    """Check a GGUF's header against what makes llama.cpp end the process; of a file in shards, all of them.
+
+    Args:
+        path: the file, or the first of its shards.
 
     Returns:
         Its metadata: numbers, bytes, lists of bytes; other arrays as their length.
 
     Raises:
-        BundleError: missing, not a GGUF, truncated, another architecture, or sizes that contradict each other.
+        BundleError: missing, not a GGUF, truncated, another architecture, sizes that contradict each other, or shards
+            that don't belong together.
     """
-    with _opened(path) as data:
-        try:
-            pairs = _pairs(data)
-            _check_pairs(pairs)
-            return pairs
-        except _Damaged as error:
-            raise BundleError(f"{path}: not a GGUF that can be run ({error})", _AGAIN) from error
-        except (struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise BundleError(f"{path}: truncated or damaged GGUF header", _AGAIN) from error
-
-
-def check_onnx(path: Path) -> None:
-    """Check that an ONNX file holds all its weights itself.
-
-    Raises:
-        BundleError: missing, not ONNX, truncated, or it refers to another file.
-    """
-    with _opened(path) as data:
-        try:
-            external = _has_external(data, 0, len(data), "model", 0)
-        except (_Damaged, IndexError) as error:
-            raise BundleError(f"{path}: truncated or not an ONNX file", _AGAIN) from error
-    if external:
-        raise BundleError(
-            f"{path}: refers to weights in another file", "export the bundle again, with the weights inside"
-        )
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[mmap.mmap]:
-    if not path.is_file():
-        raise BundleError(f"{path}: missing", "copy the whole bundle again, or export it again")
-    try:
-        with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
-    except OSError as error:
-        raise BundleError(f"{path}: can't be read ({error.strerror})", "check the file's permissions") from error
-    except ValueError as error:
-        raise BundleError(f"{path}: empty file", _AGAIN) from error
-
-
-def _pairs(data: mmap.mmap) -> dict[str, Any]:
-    """Key-value pairs at a GGUF's front."""
-    magic, version, _, count = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != b"GGUF" or version not in (2, 3):
-        raise _Damaged(f"starts with {magic!r}, version {version}")
-    if count > _MAX_PAIRS:
-        raise _Damaged(f"{count} metadata entries")
-    place, pairs = 24, {}
-    for _ in range(count):
-        key, place = _string(data, place)
-        (kind,) = struct.unpack_from("<I", data, place)
-        pairs[key.decode("utf-8")], place = _value(data, place + 4, kind)
+    pairs, tensors = _front(path)
+    shards = gguf_shards(path, pairs)
+    with damage(path, _WHAT):
+        _check_pairs(pairs)
+        for number, shard in enumerate(shards[1:], 1):
+            with damage(shard, _WHAT):
+                others, more = _front(shard)
+                if [others.get(key) for key in ("split.no", "split.count")] != [number, len(shards)]:
+                    raise Damaged(f"not shard {number + 1} of {len(shards)}")
+                if tensors & more:
+                    raise Damaged(f"tensor {min(tensors & more)!r} is in another shard too")
+            tensors |= more
+        if len(shards) > 1 and pairs.get("split.tensors.count") != len(tensors):
+            raise Damaged(f"{pairs.get('split.tensors.count')!r} tensors announced, {len(tensors)} in its shards")
     return pairs
 
 
-def _value(data: mmap.mmap, place: int, kind: int) -> tuple[Any, int]:
-    if kind in _SCALARS:
-        form = "<" + _SCALARS[kind]
-        return struct.unpack_from(form, data, place)[0], place + struct.calcsize(form)
-    if kind == _STRING:
-        return _string(data, place)
-    if kind != _ARRAY:
-        raise _Damaged(f"metadata type {kind}")
-    item, count = struct.unpack_from("<IQ", data, place)
-    if count > _MAX_ITEMS:
-        raise _Damaged(f"an array of {count} items")
-    place += 12
-    if item in _SCALARS:
-        place += count * struct.calcsize("<" + _SCALARS[item])
-        if place > len(data):
-            raise _Damaged("an array runs past the end")
-        return count, place
-    if item != _STRING:
-        raise _Damaged(f"an array of type {item}")
-    strings = []
-    for _ in range(count):
-        text, place = _string(data, place)
-        strings.append(text)
-    return strings, place
+def gguf_shards(path: Path, pairs: dict[str, Any]) -> list[Path]:
+    """Files that llama.cpp opens when it is given `path` with this metadata: `path` alone, or all shards in order.
+
+    Raises:
+        BundleError: not the first shard, or not named as one.
+    """
+    count = pairs.get("split.count", 1)
+    with damage(path, _WHAT):
+        if not isinstance(count, int) or not 0 <= count <= _MAX_SHARDS:
+            raise Damaged(f"split.count is {count!r}")
+        if count <= 1:
+            return [path]
+        suffix = f"-00001-of-{count:05d}.gguf"
+        if pairs.get("split.no") != 0 or not path.name.endswith(suffix):
+            raise Damaged(f"not the first of {count} shards; its name would end in {suffix}")
+    stem = path.name.removesuffix(suffix)
+    return [path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
-def _string(data: mmap.mmap, place: int) -> tuple[bytes, int]:
-    (length,) = struct.unpack_from("<Q", data, place)
-    end = place + 8 + length
-    if end > len(data):
-        raise _Damaged("a string runs past the end")
-    return data[place + 8 : end], end
+def _front(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """A GGUF's metadata, and the names of its tensors."""
+    with opened(path) as data, damage(path, _WHAT):
+        front = read_front(data)
+    return dict(front.pairs), set(front.tensors)
+
+
+def check_onnx(path: Path, parts: frozenset[str] = frozenset()) -> None:
+    """Check where an ONNX file keeps its weights: in itself, or in files beside it that it was shipped with.
+
+    Args:
+        path: the graph.
+        parts: names of files in the same directory that it may read weights from.
+
+    Raises:
+        BundleError: missing, not ONNX, truncated, or it refers to another file, or to a place outside a part.
+    """
+    with opened(path) as data:
+        try:
+            for entry in _external(data, 0, len(data), "model", 0):
+                _check_external(path, entry, parts)
+        except (Damaged, IndexError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path}: truncated or not an ONNX file ({error})", AGAIN) from error
+
+
+def _check_external(path: Path, entry: dict[str, str], parts: frozenset[str]) -> None:
+    location = entry.get("location", "")
+    if location not in parts or location != Path(location).name:
+        raise BundleError(
+            f"{path}: refers to weights in another file ({location[:80]!r})",
+            "export the bundle again, with the weights inside",
+        )
+    part = path.with_name(location)
+    if not part.is_file() or part.resolve().parent != path.parent.resolve():
+        raise BundleError(f"{part}: missing, or a link out of its directory", "copy the whole bundle again")
+    offset, length = (entry.get(key, "0") for key in ("offset", "length"))
+    if not (offset.isascii() and offset.isdigit() and length.isascii() and length.isdigit()):
+        raise Damaged(f"weights at {offset[:20]!r}, {length[:20]!r} bytes")
+    if len(offset) > 18 or len(length) > 18 or int(offset) + int(length) > part.stat().st_size:
+        raise BundleError(f"{part}: shorter than {path.name} says", "copy the whole bundle again")
 
 
 def _check_pairs(pairs: dict[str, Any]) -> None:
     architecture = _text(pairs, "general.architecture")
     if architecture not in ARCHITECTURES:
-        raise _Damaged(f"architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+        raise Damaged(f"architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
     width = _number(pairs, f"{architecture}.embedding_length", 1, 65536)
     _number(pairs, f"{architecture}.block_count", 1, 512)
     _number(pairs, f"{architecture}.context_length", 1, 1 << 31)
@@ -151,63 +141,105 @@ def _check_pairs(pairs: dict[str, Any]) -> None:
     groups = _number(pairs, f"{architecture}.attention.head_count_kv", 1, heads, heads)
     side = _number(pairs, f"{architecture}.attention.key_length", 2, 4096, width // heads)
     rotated = _number(pairs, f"{architecture}.rope.dimension_count", 2, side, side)
-    if width % heads or heads % groups or side % 2 or rotated % 2:
-        raise _Damaged(f"width {width}, {heads} heads, {groups} key heads and {rotated} rotated channels don't divide")
+    value = _number(pairs, f"{architecture}.attention.value_length", 2, 4096, width // heads)
+    if value != side or (architecture in _WHOLE_HEADS and rotated != side):
+        raise Damaged(f"heads of {side} key and {value} value channels, {rotated} of them rotated")
+    for key in _FOREIGN:
+        if pairs.get(f"{architecture}.{key}", 0) != 0:
+            raise Damaged(f"{architecture}.{key} is {pairs[f'{architecture}.{key}']!r}")
+    if pairs.get(f"{architecture}.rope.scaling.type", b"none") not in (b"none", b"linear", b"yarn"):
+        raise Damaged(f"{architecture}.rope.scaling.type is {pairs[f'{architecture}.rope.scaling.type']!r}")
+    if (
+        (f"{architecture}.attention.key_length" not in pairs and width % heads)
+        or heads % groups
+        or side % 2
+        or rotated % 2
+    ):
+        raise Damaged(f"width {width}, {heads} heads, {groups} key heads and {rotated} rotated channels don't divide")
     for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.freq_base"):
         value = pairs.get(f"{architecture}.{key}", 1.0)
         if not isinstance(value, float) or not 0 < value < math.inf:
-            raise _Damaged(f"{architecture}.{key} is {value!r}")
+            raise Damaged(f"{architecture}.{key} is {value!r}")
     tokens = pairs.get("tokenizer.ggml.tokens")
     if _text(pairs, "tokenizer.ggml.model") in ("none", "no_vocab") or not isinstance(tokens, list) or not tokens:
-        raise _Damaged("no vocabulary")
+        raise Damaged("no vocabulary")
     if len(set(tokens)) != len(tokens):
-        raise _Damaged("two tokens have the same text")
+        raise Damaged("two tokens have the same text")
+    kind = _text(pairs, "tokenizer.ggml.model")
+    if kind not in ("llama", "gpt2"):
+        raise Damaged(f"tokenizer.ggml.model is {kind!r}; known: llama, gpt2")
+    if kind == "llama":
+        known = set(tokens)
+        gone = next((byte for byte in range(256) if f"<0x{byte:02X}>".encode() not in known), None)
+        if gone is not None:
+            raise Damaged(f"no token <0x{gone:02X}>, without which llama.cpp ends the process on a rare character")
     for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
         if pairs.get(key, len(tokens)) != len(tokens):
-            raise _Damaged(f"{key} has another length than the vocabulary")
+            raise Damaged(f"{key} has another length than the vocabulary")
 
 
 def _text(pairs: dict[str, Any], key: str) -> str:
     value = pairs.get(key)
     if not isinstance(value, bytes):
-        raise _Damaged(f"no {key}")
+        raise Damaged(f"no {key}")
     return value.decode("utf-8")
 
 
 def _number(pairs: dict[str, Any], key: str, low: int, high: int, default: int | None = None) -> int:
     value = pairs.get(key, default)
-    if not isinstance(value, int) or not low <= value <= high:
-        raise _Damaged(f"{key} is {value!r}")
+    if type(value) is not int or not low <= value <= high:
+        raise Damaged(f"{key} is {value!r}")
     return value
 
 
-def _has_external(data: mmap.mmap, place: int, end: int, message: str, depth: int) -> bool:
-    """Walk the protobuf fields that lead to tensors."""
+def _external(data: mmap.mmap, place: int, end: int, message: str, depth: int) -> Iterator[dict[str, str]]:
+    """Walk the protobuf fields that lead to tensors; of each tensor that lies elsewhere, where it lies."""
     if depth > 64:
-        raise _Damaged("nested too deeply")
+        raise Damaged("nested too deeply")
+    entry: dict[str, str] = {}
+    elsewhere = False
     while place < end:
-        tag, place = _varint(data, place)
-        field, wire = tag >> 3, tag & 7
+        field, wire, start, place = onnx_field(data, place, end)
         if wire == 0:
-            value, place = _varint(data, place)
-            if message == "tensor" and field == _DATA_LOCATION and value:
-                return True
-            continue
-        if wire == 2:
-            size, place = _varint(data, place)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise _Damaged(f"wire type {wire}")
-        if place + size > end:
-            raise _Damaged("a field runs past the end")
-        if wire == 2 and message == "tensor" and field == _EXTERNAL_DATA:
-            return True
-        inner = _ONNX[message].get(field) if wire == 2 else None
-        if inner is not None and _has_external(data, place, place + size, inner, depth + 1):
-            return True
-        place += size
-    return False
+            elsewhere |= message == "tensor" and field == _DATA_LOCATION and start > 0
+        elif wire == 2 and message == "tensor" and field == _EXTERNAL_DATA:
+            elsewhere = True
+            key, value = _pair(data, start, place)
+            if key in entry:  # readers differ in which one they believe
+                raise Damaged(f"a tensor's {key[:20]!r} is given twice")
+            entry[key] = value
+        elif wire == 2 and (inner := _ONNX[message].get(field)) is not None:
+            yield from _external(data, start, place, inner, depth + 1)
+    if elsewhere:
+        yield entry
+
+
+def onnx_field(data: mmap.mmap, place: int, end: int) -> tuple[int, int, int, int]:
+    """Number and wire type of the field at `place`, its value if it is a number, else its start; and where it ends."""
+    tag, place = _varint(data, place)
+    wire = tag & 7
+    if wire == 0:
+        value, place = _varint(data, place)
+        return tag >> 3, wire, value, place
+    if wire == 2:
+        size, place = _varint(data, place)
+    elif wire in (1, 5):
+        size = 8 if wire == 1 else 4
+    else:
+        raise Damaged(f"wire type {wire}")
+    if place + size > end:
+        raise Damaged("a field runs past the end")
+    return tag >> 3, wire, place, place + size
+
+
+def _pair(data: mmap.mmap, place: int, end: int) -> tuple[str, str]:
+    """One key and value of a tensor's external data."""
+    texts = {1: "", 2: ""}
+    while place < end:
+        field, wire, start, place = onnx_field(data, place, end)
+        if wire == 2 and field in texts:
+            texts[field] = data[start:place].decode("utf-8")
+    return texts[1], texts[2]
 
 
 def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
@@ -219,4 +251,4 @@ def _varint(data: mmap.mmap, place: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, place
         shift += 7
-    raise _Damaged("a number has more than 10 bytes")
+    raise Damaged("a number has more than 10 bytes")

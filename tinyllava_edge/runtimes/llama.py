@@ -10,23 +10,26 @@ import collections
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BundleError, ContextError, EngineError
+from ..errors import BundleError, CancelledError, ContextError, EngineError
+from .constrain import Vocabulary as GrammarVocabulary
 from .headers import check_gguf
+from .kv_cache import KV_TYPES, check_kv_types
+from .placement import hear, listening, read_placement
 from .text import too_long
 
 Floats = npt.NDArray[np.float32]
 MAX_SEQUENCES = 16
 _KV_PAD = 256  # llama.cpp rounds n_ctx up to a multiple of this
 _COMPLAINTS = (2, 3, 5)  # warnings, errors, and continued lines
-_LOG: collections.deque[str] = collections.deque(maxlen=40)
-_LOG_STATE: dict[str, Any] = {}  # keeps the ctypes callback alive for the whole process
+LOG: collections.deque[str] = collections.deque(maxlen=40)
+LOG_STATE: dict[str, Any] = {}  # keeps the ctypes callback alive for the whole process
 
 
 class Llama:
@@ -39,12 +42,15 @@ class Llama:
         n_batch: rows per `llama_decode`; longer inputs are split here.
         flash_attention: llama.cpp's fused attention. A little faster on long prompts, but on a CPU it adds up in
             float16, so a batch and a single question part ways far more often; off by default.
-        n_gpu_layers: layers offloaded, where llama.cpp was built with a GPU back end.
+        type_k: type of the cached keys, a key of KV_TYPES; float16 by default, float32 for a float32 file.
+        type_v: type of the cached values; a quantised one needs flash attention.
+        n_gpu_layers: layers on a GPU, the output layer counted as one; -1 all of them, 0 not even a GPU's buffers.
         check_tensors: let llama.cpp look for NaN and bad blocks in the weights; for files whose hash wasn't checked.
 
     Raises:
         BundleError: the file is missing, truncated, or not a GGUF of a supported architecture.
-        EngineError: llama.cpp can't load it or can't allocate the context.
+        UsageError: a KV-cache type that this model or attention can't have; see kv_cache.check_kv_types.
+        EngineError: llama.cpp can't load it, can't allocate the context, or used no GPU when asked to.
     """
 
     def __init__(
@@ -55,6 +61,8 @@ class Llama:
         n_threads: int,
         n_batch: int = 256,
         flash_attention: bool = False,
+        type_k: str | None = None,
+        type_v: str | None = None,
         n_gpu_layers: int = 0,
         check_tensors: bool = False,
     ) -> None:
@@ -62,15 +70,27 @@ class Llama:
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("n_batch", n_batch)):
             if value < 1:
                 raise EngineError(f"{name}={value} must be positive", f"give a larger {name}")
-        all_f32 = check_gguf(self.path).get("general.file_type") == 0
+        header = self.header = check_gguf(self.path)
+        plain = "f32" if header.get("general.file_type") == 0 else "f16"  # a float32 file is there to be exact
+        self.kv_types = (type_k or plain, type_v or plain)
+        check_kv_types(header, *self.kv_types, flash_attention)
+        # Gemma's graph multiplies every embedding by sqrt(width), Hugging Face those of tokens only
+        gemma = header["general.architecture"] == b"gemma"
+        self.embedding_scale = float(header["gemma.embedding_length"]) ** -0.5 if gemma else 1.0
         self._lock = threading.RLock()
         self._model: Any = None
         self._context: Any = None
-        self._api = _api()
+        self._api = native_api()
         try:
-            self._load(n_gpu_layers, check_tensors)
-            self.kv_type = "f32" if all_f32 else "f16"  # a float32 file is there to be compared exactly
-            self._open(n_ctx, n_threads, n_batch, flash_attention, n_gpu_layers > 0)
+            with listening() as lines:
+                self._load(n_gpu_layers, check_tensors)
+                self._open(n_ctx, n_threads, n_batch, flash_attention, n_gpu_layers != 0)
+            self.placement = read_placement(lines)
+            if n_gpu_layers and not self.placement.layers_on_gpu:
+                raise EngineError(
+                    f"{self.path}: llama.cpp put no layer on a GPU, n_gpu_layers={n_gpu_layers} asked for that",
+                    "install a llama-cpp-python built for the GPU, or choose the device cpu",
+                )
         except BaseException:
             self.close()
             raise
@@ -78,14 +98,17 @@ class Llama:
     def _load(self, n_gpu_layers: int, check_tensors: bool) -> None:
         params = self._api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        no_devices = (ctypes.c_void_p * 1)()  # a list that ends at once
+        if not n_gpu_layers:  # else a GPU's pinned memory takes the weights, which then aren't repacked for the CPU
+            params.devices = ctypes.addressof(no_devices)
         params.load_mode = self._api.LLAMA_LOAD_MODE_MMAP
         params.check_tensors = check_tensors
         params.use_extra_bufts = repacks(self._api)
-        _LOG.clear()
+        LOG.clear()
         self._model = self._api.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
             raise EngineError(
-                f"{self.path}: llama.cpp can't load it ({_last_log()})", "copy the file again, or export it again"
+                f"{self.path}: llama.cpp can't load it ({last_log()})", "copy the file again, or export it again"
             )
         self._vocab = self._api.llama_model_get_vocab(self._model)
         if self._api.llama_vocab_type(self._vocab) == 0 or self._api.llama_model_has_encoder(self._model):
@@ -105,21 +128,25 @@ class Llama:
         params.n_seq_max = params.n_outputs_max = MAX_SEQUENCES  # keeps the logits buffer at 16 rows
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads
-        params.type_k = params.type_v = {"f32": self._api.GGML_TYPE_F32, "f16": self._api.GGML_TYPE_F16}[self.kv_type]
+        params.type_k, params.type_v = (KV_TYPES[name] for name in self.kv_types)
         params.flash_attn_type = int(flash_attention)
         params.offload_kqv = params.op_offload = gpu
-        _LOG.clear()
+        # Called before every operation, so it must be neither Python nor slow: strlen of a buffer that `abort` fills.
+        self._stop = ctypes.create_string_buffer(2)
+        params.abort_callback = ctypes.cast(_libc().strlen, self._api.ggml_abort_callback)
+        params.abort_callback_data = ctypes.addressof(self._stop)
+        LOG.clear()
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise EngineError(
-                f"{self.path}: llama.cpp can't open a context of n_ctx={self.n_ctx} ({_last_log()})",
+                f"{self.path}: llama.cpp can't open a context of n_ctx={self.n_ctx} ({last_log()})",
                 "try a smaller n_ctx (-c)",
             )
         self.settings: dict[str, Any] = {
             "n_ctx": n_ctx,
             "n_threads": n_threads,
             "n_batch": self.n_batch,
-            "kv_cache": self.kv_type,
+            "kv_cache": "/".join(dict.fromkeys(self.kv_types)),  # `f16`, or K's type / V's
             "flash_attention": flash_attention,
             "gpu": gpu,
         }
@@ -222,6 +249,8 @@ class Llama:
             )
         if not np.isfinite(rows).all():
             raise EngineError("image embeddings are not finite", "verify the bundle; try another vision precision")
+        if self.embedding_scale != 1.0:
+            rows = rows * np.float32(self.embedding_scale)
         return self._decode(None, rows, range(start, start + len(rows)), sequence, wanted)
 
     def _decode(
@@ -278,28 +307,76 @@ class Llama:
         batch.n_seq_id = pointer(self._counts, ctypes.c_int32)
         batch.seq_id = pointer(self._rows, ctypes.POINTER(ctypes.c_int32))
         batch.logits = pointer(self._wanted, ctypes.c_int8)
-        _LOG.clear()
+        LOG.clear()
         code = self._api.llama_decode(self._context, batch)
+        if code == 2:
+            raise CancelledError("the request was cancelled")
         if code == 1:
             raise ContextError(
                 f"the sequences together do not fit n_ctx={self.n_ctx}",
                 "ask fewer questions at once, or raise n_ctx (-c)",
             )
         if code != 0:
-            raise EngineError(f"{self.path}: llama.cpp refused a batch of {n} rows with code {code} ({_last_log()})")
+            raise EngineError(f"{self.path}: llama.cpp refused a batch of {n} rows with code {code} ({last_log()})")
 
     def _logits(self, row: int) -> Floats:
         pointer = self._api.llama_get_logits_ith(self._context, row)
         if not pointer:
-            raise EngineError(f"{self.path}: llama.cpp holds no logits for row {row} ({_last_log()})")
+            raise EngineError(f"{self.path}: llama.cpp holds no logits for row {row} ({last_log()})")
         logits: Floats = np.ctypeslib.as_array(pointer, (self.n_vocab,)).astype(np.float32, copy=True)
         if not np.isfinite(logits).all():
+            self._api.llama_memory_clear(self._memory, True)  # values that are no numbers would stay in unused cells
             raise EngineError(
                 f"{self.path}: logits are not finite", "the weights are damaged; copy or export the bundle again"
             )
         return logits
 
+    def vocabulary(self, stops: Collection[int]) -> GrammarVocabulary:
+        """The vocabulary in the form that grammars are held to; `stops` are the ids that end an answer."""
+        with self._lock:
+            self._require_open()
+            return GrammarVocabulary(self._vocab, stops)
+
+    def last_logits(self) -> Floats:
+        """(vocab,) logits of the last row that was asked for."""
+        with self._lock:
+            self._require_open()
+            return self._logits(-1)
+
+    def abort(self) -> None:
+        """Make the running call stop with CancelledError, and every later one until `resume`; callable at any time."""
+        self._stop[0] = b"x"
+
+    def resume(self) -> None:
+        """Forget `abort`."""
+        self._stop[0] = b"\0"
+
     # memory
+
+    def save(self, sequence: int) -> npt.NDArray[np.uint8]:
+        """A sequence's cells as bytes, which `restore` takes back; worth it where computing them again costs more."""
+        with self._lock:
+            self._require_sequence(sequence)
+            state = np.empty(int(self._api.llama_state_seq_get_size(self._context, sequence)), np.uint8)
+            pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            if self._api.llama_state_seq_get_data(self._context, pointer, state.size, sequence) != state.size:
+                raise EngineError(f"{self.path}: llama.cpp can't save a sequence ({last_log()})")
+            return state
+
+    def saved_bytes(self, sequence: int) -> int:
+        """Size of what `save` would give."""
+        with self._lock:
+            self._require_sequence(sequence)
+            return int(self._api.llama_state_seq_get_size(self._context, sequence))
+
+    def restore(self, sequence: int, state: npt.NDArray[np.uint8]) -> None:
+        """Fill a sequence with what `save` gave in this very process, in place of what it held."""
+        with self._lock:
+            self.remove(sequence)
+            pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            if self._api.llama_state_seq_set_data(self._context, pointer, state.size, sequence) != state.size:
+                self.remove(sequence)
+                raise EngineError(f"{self.path}: llama.cpp can't restore a sequence ({last_log()})")
 
     def copy(self, source: int, target: int) -> None:
         """Let sequence `target` share all cells of sequence `source`; costs no memory."""
@@ -340,9 +417,13 @@ class Llama:
             raise EngineError(f"sequence {sequence} is outside 0..{MAX_SEQUENCES - 1}")
 
 
+def _libc() -> Any:
+    return ctypes.CDLL("msvcrt" if os.name == "nt" else None)
+
+
 def llama_facts() -> dict[str, Any]:
     """llama-cpp-python's version, llama.cpp's own words on its CPU features, and whether weights are repacked."""
-    api = _api()
+    api = native_api()
     return {
         "llama_cpp_python": str(api.__version__),
         "llama_cpp_system_info": api.llama_print_system_info().decode("utf-8", "replace").strip(),
@@ -358,23 +439,25 @@ def repacks(api: Any) -> bool:
     return b"AMX_INT8 = 1" not in api.llama_print_system_info()
 
 
-def _api() -> Any:
+def native_api() -> Any:
     """llama-cpp-python with its back end ready and its log kept in memory instead of on stderr."""
     import llama_cpp
 
-    if "callback" not in _LOG_STATE:
-        _LOG_STATE["callback"] = llama_cpp.llama_log_callback(_remember)
-        llama_cpp.llama_log_set(_LOG_STATE["callback"], ctypes.c_void_p(0))
+    if "callback" not in LOG_STATE:
+        LOG_STATE["callback"] = llama_cpp.llama_log_callback(_remember)
+        llama_cpp.llama_log_set(LOG_STATE["callback"], ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
     return llama_cpp
 
 
 def _remember(level: int, text: bytes, user_data: Any) -> None:
+    line = text.decode("utf-8", "replace")
+    hear(line)
     if level in _COMPLAINTS:
-        _LOG.append(text.decode("utf-8", "replace"))
+        LOG.append(line)
 
 
-def _last_log() -> str:
+def last_log() -> str:
     """The last complaints of llama.cpp on one line."""
-    lines = [line.strip() for line in "".join(_LOG).splitlines() if line.strip(" .\n")]
+    lines = [line.strip() for line in "".join(LOG).splitlines() if line.strip(" .\n")]
     return "; ".join(lines[-2:]) or "no message"

@@ -24,8 +24,10 @@ import torch
 from .. import __version__
 from ..checkpoint import Checkpoint, image_processor, load
 from ..errors import CheckpointError, UsageError
+from ..files import sha256_tree
 from ..image import pad_to_square
 from ..prompt import Turn, get_template
+from ..tokenizer_sections import SectionTokenizer, token_bytes
 from .base import IMAGE_PLACE, Answer, OnText, Picture, Probe
 from .picture import read_picture
 from .sampling import GREEDY, Sampler, Sampling
@@ -51,6 +53,7 @@ class ReferenceRuntime:
     """A checkpoint, loaded. Not for several threads at once."""
 
     name = "reference"
+    pictures_at_once = MAX_PICTURES
     build = "fp32"
 
     def __init__(self, checkpoint: Checkpoint, n_ctx: int, load_ms: float) -> None:
@@ -61,8 +64,11 @@ class ReferenceRuntime:
         self._processor = image_processor(self.spec)
         self._template = get_template(self.spec.template)
         self._vocabulary = _vocabulary(checkpoint, self._template.end_of_turn)
+        self._spell = token_bytes(checkpoint.tokenizer)
         self._text_prefix: tuple[list[int], Any] | None = None
         self._load_ms = load_ms
+        self._root = checkpoint.root
+        self._sha256: str | None = None
 
     def answer(
         self,
@@ -152,6 +158,30 @@ class ReferenceRuntime:
             answer = self._generate(ids, cache, logits, max_tokens, None, GREEDY, watch)
             return Probe(pixels, features[0].numpy(), embeds[0].numpy(), ids, logits, answer)
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return self._vocabulary.stops
+
+    def prompt(self, question: str) -> tuple[int, ...]:
+        """Ids of a prompt about one picture, whose place IMAGE_PLACE marks. Raises UsageError, ContextError."""
+        ids = prompt_ids(question, self._template, self._vocabulary, has_image=True)
+        count_positions(ids, self.spec, self.n_ctx)
+        return ids
+
+    def pixel_values(self, image: Picture) -> npt.NDArray[np.float32]:
+        """Picture → what the tower is fed, (3, s, s). Raises ImageError."""
+        return self._pixels(image, Stopwatch())
+
+    def rounding_noise(self, probe: Probe) -> float:
+        """Relative change of the tower's features when every pixel moves by its last bit: what rounding alone does."""
+        signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), probe.pixel_values.shape)
+        moved = (probe.pixel_values * (1 + signs * np.finfo(np.float32).eps)).astype(np.float32)
+        with torch.inference_mode():
+            features = self.model.tower_features(torch.from_numpy(moved)[None])[0].numpy()
+        size = max(float(np.linalg.norm(probe.image_features.astype(np.float64))), 1e-12)
+        return float(np.linalg.norm(features.astype(np.float64) - probe.image_features)) / size
+
     def warm_up(self) -> None:
         """Run every stage once on a grey picture."""
         load_ms, self._load_ms = self._load_ms, 0.0
@@ -167,6 +197,7 @@ class ReferenceRuntime:
         return {
             "runtime": self.name,
             "model": self.spec.name,
+            "checkpoint_sha256": self._identity(),
             "build": self.build,
             "n_threads": torch.get_num_threads(),
             "n_ctx": self.n_ctx,
@@ -178,6 +209,12 @@ class ReferenceRuntime:
             "transformers": str(transformers.__version__),
             "tokenizers": str(tokenizers.__version__),
         }
+
+    def _identity(self) -> str:
+        """Hash of the checkpoint's files, read once: answers of another checkpoint must not pass for this one's."""
+        if self._sha256 is None:
+            self._sha256 = sha256_tree(self._root)
+        return self._sha256
 
     def close(self) -> None:
         """Nothing native to free; there so that all runtimes close alike."""
@@ -227,25 +264,27 @@ class ReferenceRuntime:
         watch: Stopwatch,
     ) -> Answer:
         sampler, stream, ids = Sampler(sampling), TextStream(on_text), list[int]()
-        n_prompt, done = count_positions(prompt, self.spec, self.n_ctx), ""
+        n_prompt = count_positions(prompt, self.spec, self.n_ctx)
         with watch.stage("first_token_ms"):
             token = sampler.pick(logits)
         limit = min(max_tokens, self.n_ctx - n_prompt + 1)
         while not (finish := take(ids, token, limit, self._vocabulary.stops)):
-            with watch.stage("decode_ms"):
-                cache, rows = self._decode(self.model.get_input_embeddings()(torch.tensor([[token]])), cache)
-                token = sampler.pick(rows[0].numpy())
-            text = self._text(ids)
-            if text.startswith(done) and not text.endswith("\ufffd"):  # an incomplete character decodes to U+FFFD
-                stream.push(text[len(done) :].encode())
-                done = text
-        stream.push(self._text(ids)[len(done) :].encode())
+            stream.push(self._spell(token))
+            start = time.perf_counter()
+            cache, rows = self._decode(self.model.get_input_embeddings()(torch.tensor([[token]])), cache)
+            token = sampler.pick(rows[0].numpy())
+            watch.token(1000 * (time.perf_counter() - start))
+        if finish == "length":
+            stream.push(self._spell(token))
         n_image = self.spec.visual_tokens if IMAGE_PLACE in prompt else 0
+        text = stream.finish()
+        watch.last_token()
         watch.add("load_ms", self._take_load_ms())
-        return Answer(stream.finish(), tuple(ids), finish, n_prompt, n_image, watch.timings())
+        steps = tuple(watch.token_ms)
+        return Answer(text, tuple(ids), finish, n_prompt, n_image, watch.timings(), token_ms=steps)
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return b"".join(map(self._spell, ids)).decode("utf-8", "replace")
 
     def _take_load_ms(self) -> float:
         load_ms, self._load_ms = self._load_ms, 0.0
@@ -281,8 +320,9 @@ class ReferenceRuntime:
                         finish,
                         count_positions(prompt, self.spec, self.n_ctx),
                         visual,
+                        margins=tuple(margins),
                     )
-                    for prompt, (ids, finish) in zip(prompts, found, strict=True)
+                    for prompt, (ids, finish, margins) in zip(prompts, found, strict=True)
                 ]
                 watch.add("load_ms", self._take_load_ms())
                 answers[0] = replace(answers[0], timings=watch.timings())
@@ -312,8 +352,11 @@ class ReferenceRuntime:
 
     def _decode_rows(
         self, cache: Any, owner: list[int], suffixes: list[list[int]], max_tokens: int, watch: Stopwatch
-    ) -> list[tuple[list[int], str]]:
-        """Greedy answers of r rows. Suffixes are padded on the left; the pads are masked and take no position."""
+    ) -> list[tuple[list[int], str, list[float]]]:
+        """Greedy answers of r rows, with each step's margin.
+
+        Suffixes are padded on the left; the pads are masked and take no position.
+        """
         start, longest, r = cache.get_seq_length(), max(map(len, suffixes)), len(suffixes)
         tokens = torch.zeros(r, longest, dtype=torch.long)  # (r, longest)
         mask = torch.zeros(r, start + longest, dtype=torch.long)
@@ -330,16 +373,20 @@ class ReferenceRuntime:
         stops = self._vocabulary.stops
         ids: list[list[int]] = [[] for _ in range(r)]
         finish = [""] * r
+        margins: list[list[float]] = [[] for _ in range(r)]
         active = list(range(r))
         with watch.stage("decode_ms"):
             while True:
                 picked = logits.argmax(dim=1).tolist()
-                for row, token in zip(active, picked, strict=True):
+                best = logits.double().topk(2, dim=1).values  # (rows, 2)
+                for row, token, gap in zip(active, picked, (best[:, 0] - best[:, 1]).tolist(), strict=True):
+                    if not finish[row]:
+                        margins[row].append(gap)
                     limit = min(max_tokens, self.n_ctx - start - len(suffixes[row]) + 1)
                     finish[row] = finish[row] or take(ids[row], token, limit, stops)
                 going = [index for index, row in enumerate(active) if not finish[row]]
                 if not going:
-                    return list(zip(ids, finish, strict=True))
+                    return list(zip(ids, finish, margins, strict=True))
                 if 2 * len(going) <= len(active):  # dropping rows copies the cache: worth it once half are done
                     kept = torch.tensor(going)
                     cache.batch_select_indices(kept)
@@ -376,15 +423,10 @@ def open_reference(
 
 
 def _vocabulary(checkpoint: Checkpoint, end_of_turn: str) -> Vocabulary:
-    """The tokenizer, piece by piece: neither BOS nor special tokens may come out of plain text."""
+    """The tokenizer, section by section: neither BOS nor special tokens may come out of plain text."""
     tokenizer = checkpoint.tokenizer
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-    def tokenize(text: str) -> list[int]:
-        if not text:
-            return []
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
+    plain = SectionTokenizer(tokenizer)
     end = tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else tokenizer.eos_token_id
     if (
         end is None
@@ -395,6 +437,5 @@ def _vocabulary(checkpoint: Checkpoint, end_of_turn: str) -> Vocabulary:
             f"{checkpoint.root}: the tokenizer has no end-of-turn token {end_of_turn!r}", "use the model's own template"
         )
     starts_with_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return Vocabulary(
-        tokenize, int(tokenizer.bos_token_id) if starts_with_bos else None, int(end), int(tokenizer.eos_token_id)
-    )
+    bos = int(tokenizer.bos_token_id) if starts_with_bos else None
+    return Vocabulary(plain.start, bos, int(end), int(tokenizer.eos_token_id), plain.rest)
