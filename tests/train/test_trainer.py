@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
+from tinyllava_edge.train import engine
 from tinyllava_edge.train.dataset import StageData
 from tinyllava_edge.train.engine import WHOLE
 from tinyllava_edge.train.recipes import StageRecipe, override
@@ -50,6 +51,7 @@ def test_stage_1_changes_the_connector_alone_and_says_what_it_did(
     captured = capfd.readouterr()
     assert captured.out == "" and "loss" in captured.err and "images/s" in captured.err
     saved = json.loads((tmp_path / "one.train.json").read_text())
+    assert saved["precision"] == ("bf16" if CAPTIONS.precision == "bf16" and engine.fast_bf16("cpu") else "fp32")
     assert saved["recipe"] == {**CAPTIONS.__dict__} and saved["steps"] == result.steps == 2
     assert (saved["rows"], saved["packs"], saved["bad_rows"], len(saved["losses"])) == (8, 8, 0, 2)
     assert saved["images_per_s"] > 0 and len(saved["data_sha256"]) == 64 and saved["source"] == str(tiny_checkpoint)
@@ -71,11 +73,26 @@ def test_stage_2_learns_a_small_set_by_heart_and_leaves_the_tower(
         assert same == ("vision_tower" in name), name
 
 
+def test_a_processor_without_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Emulated it takes tens of times as long."""
+    for name, wanted in (("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True, "cpu_name": "x"})
+        settings = engine.arguments(override(LONG, {"precision": "bf16"}), tmp_path, "cpu", 0)
+        assert settings.bf16 is wanted
+    assert engine.fast_bf16("cuda")
+
+
 def test_bf16_follows_fp32(
-    tiny_checkpoint: Path, files: Files, tmp_path: Path, uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]]
+    tiny_checkpoint: Path,
+    files: Files,
+    tmp_path: Path,
+    uninterrupted: tuple[TrainResult, dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """bf16 keeps 8 bits: 3 % on the first losses of a random model, which are about 8 nats."""
+    """bf16 keeps 8 bits: 3 % on the first losses of a random model, which are about 8 nats. Emulated where need be."""
+    monkeypatch.setattr("tinyllava_edge.train.engine.fast_bf16", lambda device: True)
     result = run(tiny_checkpoint, override(LONG, {"precision": "bf16", "epochs": 1}), files.qa, files, tmp_path / "run")
+    assert result.precision == "bf16" and uninterrupted[0].precision == "fp32"
     assert result.losses[:2] != uninterrupted[0].losses[:2]
     assert result.losses[:2] == pytest.approx(uninterrupted[0].losses[:2], rel=0.03)
 

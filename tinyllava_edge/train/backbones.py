@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,29 @@ from ..model import TinyLlava, build_model
 from ..prompt import get_template
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, model_spec
 from ..spec import variant as find_variant
+from ..tokenizer_files import fast_tokenizer
 
 TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def init_checkpoint(
-    variant: str,
+    variant: str | ModelSpec,
     out: Path,
     *,
     vision_dir: Path | None = None,
     llm_dir: Path | None = None,
+    connector_options: Mapping[str, int] | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> None:
-    """Write the untrained checkpoint of a variant.
+    """Write the untrained checkpoint of a variant, or of a spec of one's own.
 
     Args:
-        variant: name as in Table A1, or a nano variant.
+        variant: name as in Table A1, a nano variant's, or a whole spec, which needs both directories.
         vision_dir: Hugging Face directory of the tower; the shipped nano tower by default.
         llm_dir: Hugging Face directory of the language model and its tokenizer; the shipped nano one by default.
+        connector_options: as `build_connector`.
         seed: of the connector's random weights.
         force: replace `out` if it exists.
 
@@ -43,16 +47,23 @@ def init_checkpoint(
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
-    chosen, spec = find_variant(variant), model_spec(variant)
-    tower_dir = _directory(vision_dir, VISION_BACKBONES[chosen.vision].hub_id, "--vision")
-    text_dir = _directory(llm_dir, LLM_BACKBONES[chosen.llm].hub_id, "--llm")
+    vision_id = llm_id = ""
+    if isinstance(variant, ModelSpec):
+        spec = variant
+    else:
+        chosen, spec = find_variant(variant), model_spec(variant)
+        vision_id, llm_id = VISION_BACKBONES[chosen.vision].hub_id, LLM_BACKBONES[chosen.llm].hub_id
+    tower_dir = _directory(vision_dir, vision_id, "--vision")
+    text_dir = _directory(llm_dir, llm_id, "--llm")
     with torch.random.fork_rng(devices=[]), checkpoints.quiet():
         tower = _load(TOWERS[spec.vision_family], tower_dir)
         llm = _load("AutoModelForCausalLM", text_dir)
-        tokenizer = _load("AutoTokenizer", text_dir)
+        tokenizer = fast_tokenizer(text_dir)
         _check(spec, tower, llm, tokenizer, tower_dir, text_dir)
         torch.manual_seed(seed)
-        model = build_model(spec, tower.config.to_dict(), llm.config.to_dict(), llm.config.vocab_size - 1)
+        model = build_model(
+            spec, tower.config.to_dict(), llm.config.to_dict(), llm.config.vocab_size - 1, connector_options
+        )
         _copy(model, tower, llm)
         checkpoints.add_image_token(model, tokenizer)
     checkpoints.save(model.eval(), tokenizer, spec, out, force=force)
@@ -78,19 +89,19 @@ def _load(kind: str, path: Path) -> Any:
     """A transformers class by name, from local safetensors in float32."""
     import transformers
 
-    is_model = kind != "AutoTokenizer"
-    options = {"dtype": torch.float32, "use_safetensors": True} if is_model else {}
     try:
-        loaded = getattr(transformers, kind).from_pretrained(
-            path, local_files_only=True, trust_remote_code=False, output_loading_info=is_model, **options
+        model, info = getattr(transformers, kind).from_pretrained(
+            path,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
         )
-    except Exception as error:  # transformers, safetensors and the Rust tokenizer each raise their own
+    except Exception as error:  # transformers and safetensors each raise their own
         raise CheckpointError(
             f"{path}: {kind} can't load it ({_line(error)})", "give a whole safetensors model"
         ) from error
-    if not is_model:
-        return loaded
-    model, info = loaded
     if info.get("missing_keys"):
         raise CheckpointError(f"{path}: lacks {sorted(info['missing_keys'])[0]}", "give a whole safetensors model")
     return model
@@ -111,7 +122,7 @@ def _check(spec: ModelSpec, tower: Any, llm: Any, tokenizer: Any, tower_dir: Pat
                 f"{path}: {key} is {found}, {spec.name} needs {expected}", "give the variant's own backbone"
             )
     end = get_template(spec.template).end_of_turn
-    if tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
+    if end not in tokenizer.get_vocab():
         raise CheckpointError(f"{text_dir}: the tokenizer has no {end!r} token", f"template {spec.template} needs it")
 
 

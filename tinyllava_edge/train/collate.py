@@ -20,7 +20,8 @@ import torch
 
 from ..data.llava_json import Row
 from ..errors import CheckpointError, DataError
-from ..prompt import IMAGE_MARKER, EndOfTurn, Image, Piece, Template, Text, build
+from ..prompt import IMAGE_MARKER, EndOfTurn, Image, Section, Template, build, sections
+from ..tokenizer_sections import SectionTokenizer
 
 IGNORED = -100  # the label that no loss counts
 Ids = npt.NDArray[np.int32]
@@ -65,7 +66,8 @@ class Encoder:
         self.end = [_special(tokenizer, template.end_of_turn)] if template.end_of_turn else []
         bos = tokenizer.bos_token_id
         self.start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
-        self._known: dict[str, tuple[list[int], list[int]]] = {}  # text of repeated chunks → ids, ends
+        self._sections = SectionTokenizer(tokenizer)
+        self._known: dict[tuple[str, bool], tuple[list[int], list[int]]] = {}  # repeated sections → ids, ends
 
     def encode(self, row: Row) -> Encoded:
         """Ids and answer marks of a row, cut at `max_length` on the right as upstream does.
@@ -76,27 +78,28 @@ class Encoder:
         if self.template.caption_only and row.image is None:
             raise DataError("a caption row without a picture", "stage 1 trains on captions; give image-caption rows")
         ids, marks, shared = list(self.start), [False] * len(self.start), 0
-        for chunk in _chunks(build(row.turns, self.template)):
-            if isinstance(chunk, Image):
+        for part in sections(build(row.turns, self.template)):
+            if isinstance(part, Image):
                 ids += self.image_slots
                 marks += [False] * len(self.image_slots)
                 shared = len(ids) if len(row.turns) == 1 else 0
-            elif isinstance(chunk, EndOfTurn):
+            elif isinstance(part, EndOfTurn):
                 ids += self.end
-                marks += [chunk.is_answer]
+                marks += [part.is_answer]
             else:
-                chunk_ids, chunk_marks = self._text(chunk)
-                ids += chunk_ids
-                marks += chunk_marks
+                part_ids, part_marks = self._text(part)
+                ids += part_ids
+                marks += part_marks
         if len(ids) > self.max_length:
             ids, marks = ids[: self.max_length], marks[: self.max_length]
         if not any(marks) or shared > self.max_length:
             raise DataError(f"no answer token within {self.max_length} positions", "shorten the row")
         return Encoded(np.array(ids, np.int32), np.array(marks, np.bool_), shared)
 
-    def _text(self, texts: tuple[Text, ...]) -> tuple[list[int], list[bool]]:
-        """Tokenise a chunk as a whole, then mark each token by the text that its last character comes from."""
-        ids, ends = self._tokenise("".join(text.text for text in texts))
+    def _text(self, section: Section) -> tuple[list[int], list[bool]]:
+        """Tokenise a section as a whole, then mark each token by the text that its last character comes from."""
+        ids, ends = self._tokenise(section)
+        texts = section.texts
         marks: list[bool] = []
         limit, k = len(texts[0].text), 0
         for end in ends:
@@ -106,34 +109,14 @@ class Encoder:
             marks.append(texts[k].is_answer)
         return ids, marks
 
-    def _tokenise(self, text: str) -> tuple[list[int], list[int]]:
+    def _tokenise(self, section: Section) -> tuple[list[int], list[int]]:
         """Ids, and for each token the place behind its last character."""
-        if text not in self._known:
-            out = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-            )
+        key = section.text, section.starts
+        if key not in self._known:
             if len(self._known) > 4096:
                 self._known.clear()
-            self._known[text] = list(out["input_ids"]), [end for _, end in out["offset_mapping"]]
-        return self._known[text]
-
-
-Chunk = Image | EndOfTurn | tuple[Text, ...]
-
-
-def _chunks(pieces: Sequence[Piece]) -> list[Chunk]:
-    """Neighbouring texts join into one chunk, because upstream tokenises them together."""
-    chunks: list[Chunk] = []
-    for piece in pieces:
-        last = chunks[-1] if chunks else None
-        if isinstance(piece, Text):
-            if isinstance(last, tuple):
-                chunks[-1] = (*last, piece)
-            else:
-                chunks.append((piece,))
-        else:
-            chunks.append(piece)
-    return chunks
+            self._known[key] = self._sections.encode(*key)
+        return self._known[key]
 
 
 def _special(tokenizer: Any, text: str) -> int:

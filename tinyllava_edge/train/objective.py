@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..model import TinyLlava, is_dead
+from ..model import TinyLlava, is_dead, tower_layer
 from .collate import IGNORED
 from .recipes import StageRecipe
 
@@ -94,10 +94,8 @@ def _trains(name: str, stage: StageRecipe, feature_layer: int, layers: int) -> b
     if ".multi_modal_projector." in name:
         return True
     if ".vision_tower." in name:
-        first = stage.vision_from_layer
-        if first is None or ".layers." not in name or is_dead(name, feature_layer, layers):
-            return False
-        return int(name.split(".layers.")[1].split(".")[0]) >= first
+        first, layer = stage.vision_from_layer, tower_layer(name)
+        return first is not None and layer is not None and layer >= first and not is_dead(name, feature_layer, layers)
     return stage.trains == "connector+llm"
 
 

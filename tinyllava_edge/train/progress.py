@@ -12,8 +12,14 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import TinyLlavaEdgeError
+
 LINE_SECONDS = 15.0  # between two lines where stderr is no terminal
 REDRAW_SECONDS = 0.2
+
+
+class Interrupted(TinyLlavaEdgeError):
+    """Ctrl-C ended a stage in good order; its state is kept."""
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""Recipes as plain values: the paper's `base` and `share` (§4.1.2, Figure 3), and `base` scaled to the nano models.
+"""Recipes as plain values: the paper's `base` and `share` (§4.1.2, Figure 3), and both scaled to the nano models.
 
 The TOML files in `train/recipes/` hold the same numbers for reading and copying; `load` takes a name or a file.
 """
@@ -56,7 +56,7 @@ class StageRecipe:
     max_length: int = 0
     """positions after which a row is cut, image included; 0 takes the checkpoint's own limit"""
     precision: str = "bf16"
-    """`bf16`: autocast with float32 weights; `fp32`"""
+    """`bf16`: autocast with float32 weights, where the device has instructions for it, else as `fp32`"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     save_steps: int = 500
@@ -99,6 +99,22 @@ _SHARE = StageRecipe(
     gradient_checkpointing=True,
 )
 
+_NANO_1 = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 64, epochs=2.0, adam_beta2=0.98, save_steps=200)
+_NANO_2 = StageRecipe(
+    "finetune", "model", "connector+llm", 1e-3, 24, epochs=2.0, adam_beta2=0.98, max_turns=16, save_steps=200
+)
+_NANO_SHARE = StageRecipe(
+    "share-pretrain",
+    "pretrain",
+    "connector+llm",
+    1e-3,
+    64,
+    epochs=1.0,
+    vision_from_layer=2,
+    adam_beta2=0.98,
+    save_steps=200,
+)
+
 PRESETS: dict[str, Recipe] = {
     "base": Recipe(
         "base",
@@ -114,32 +130,17 @@ PRESETS: dict[str, Recipe] = {
     ),
     "base-nano": Recipe(
         "base-nano",
-        (
-            StageRecipe(
-                "pretrain",
-                "pretrain",
-                "connector",
-                1e-3,
-                64,
-                epochs=2.0,
-                adam_beta2=0.98,
-                save_steps=200,
-            ),
-            StageRecipe(
-                "finetune",
-                "model",
-                "connector+llm",
-                1e-3,
-                24,
-                epochs=2.0,
-                adam_beta2=0.98,
-                max_turns=16,
-                save_steps=200,
-            ),
-        ),
+        (_NANO_1, _NANO_2),
         "base for models of a few million parameters and 64 x 64 pictures, on two CPU cores. The learning rate of "
         "stage 2 is 50 times the paper's: a small model bears it, and it has minutes instead of GPU days. The batch "
         "of 24 pictures holds about 250 answers; the paper's holds 128 conversations.",
+    ),
+    "share-nano": Recipe(
+        "share-nano",
+        (_NANO_1, _NANO_SHARE, _NANO_2),
+        "share for the nano models: the connector starts from base-nano's stage 1, then everything but the first 2 of "
+        "the tower's 4 live layers (the paper: 12 of 24) is trained on captions, then stage 2 of base-nano. Learning "
+        "rates and batches as in base-nano.",
     ),
 }
 

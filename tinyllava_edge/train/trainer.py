@@ -29,7 +29,7 @@ from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, open_work
 from .objective import Objective, freeze
 from .pictures import CACHE_BYTES
-from .progress import InterruptOnce, Meter, Watch
+from .progress import Interrupted, InterruptOnce, Meter, Watch
 from .recipes import StageRecipe
 from .score import score
 
@@ -50,6 +50,8 @@ class TrainResult:
     """hash of that checkpoint's files"""
     recipe: dict[str, Any]
     """the resolved stage recipe"""
+    precision: str
+    """what ran: `bf16`, or `fp32` where the recipe or the processor wants it"""
     data: tuple[str, ...]
     """JSON files"""
     data_sha256: str
@@ -124,7 +126,8 @@ def train(
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
-        TinyLlavaEdgeError: interrupted (the hint says how to go on), or the loss is not finite.
+        Interrupted: Ctrl-C; the hint says how to go on.
+        TinyLlavaEdgeError: the loss is not finite.
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
@@ -156,6 +159,7 @@ def train(
         source=str(checkpoint),
         source_sha256=source_sha256,
         recipe=asdict(stage),
+        precision="bf16" if settings.bf16 else "fp32",
         data=tuple(str(path) for path in ([data] if isinstance(data, Path) else data)),
         data_sha256=prepared.sha256,
         rows=sum(len(item.rows) for item in prepared.packs),
@@ -200,7 +204,7 @@ def _fit(
         watch.reason = "interrupt"
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
-        raise TinyLlavaEdgeError(
+        raise Interrupted(
             f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {settings.output_dir}",
             "run the same command again to go on from there",
         )
