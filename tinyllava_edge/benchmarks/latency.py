@@ -1,174 +1,194 @@
-"""Latency and memory of a bundle's builds in one run, interleaved, so that all meet the same conditions.
+"""Latency, energy and memory of a bundle's builds in one run, interleaved, so that all meet the same conditions.
 
-Protocol: every build is opened once; WARM_UP whole answers each (vision graph included; the first is kept as the cold
-sample); then `repetitions` rounds in which each build answers once, the order rotated by one each round. The number of
-rounds is fixed beforehand and no sample is dropped. Memory is measured afterwards, each build in a fresh process.
+Protocol: every build is opened once and warmed up with whole answers (vision graph included; the first is kept as the
+cold sample); then rounds in which each build answers once, the order rotated by one each round, until both minima of
+the stop rule are met (see `rounds`). No sample is dropped. The machine's state is noted before and after, its ceilings
+are measured in the same run, and memory and loading afterwards, each build in a fresh process.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import math
+import secrets
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from tinyllava_edge.benchmarks.environment import bundle_sample, capture, ceilings, environment_sample
+from tinyllava_edge.benchmarks import bench_grid as grid
+from tinyllava_edge.benchmarks import ceilings, conditions, memory_process
+from tinyllava_edge.benchmarks.energy import open_meter
+from tinyllava_edge.benchmarks.environment import bundle_sample, capture, environment_sample
 from tinyllava_edge.benchmarks.results import Sample
-from tinyllava_edge.bundle import ROLES, Build, Bundle, open_bundle
-from tinyllava_edge.errors import EngineError, UsageError
-from tinyllava_edge.runtimes.base import Answer, Runtime
+from tinyllava_edge.benchmarks.rounds import Arm, Progress, Question, Rounds, StopRule, measure
+from tinyllava_edge.bundle import ROLES, Build, Bundle, read_bundle
+from tinyllava_edge.errors import UsageError
 
-WARM_UP = 2
 REPETITIONS = 15
-_MEMORY_TIMEOUT_S = 600
-Progress = Callable[[str], None] | None
+QUESTION = "what color is the shape?"
 
 
 def bench(
     bundle: Path,
     builds: Sequence[str] | None = None,
     *,
-    picture: Path,
-    question: str,
+    picture: Path | None = None,
+    question: str = QUESTION,
     repetitions: int = REPETITIONS,
+    min_time_s: float = 0.0,
+    max_time_s: float | None = None,
     max_tokens: int = 16,
+    prompt_tokens: Sequence[int] = (),
+    gen_tokens: Sequence[int] = (),
+    threads: Sequence[int] = (),
+    image_sizes: Sequence[str | int | Sequence[int]] = (),
+    devices: Sequence[str] = ("cpu",),
     memory: bool = True,
     n_threads: int | None = None,
     progress: Progress = None,
 ) -> list[Sample]:
-    """Measure builds of a bundle on one picture and question.
+    """Measure builds of a bundle over a grid. Every argument but `bundle`, `picture` and `progress` is a JSON value.
+
+    The grid's first number of threads and first picture give stages their plain names (`ttft_ms`); further ones are
+    told by a mark (`ttft_ms@t4`, `ttft_ms@640x480`), so that no two of them are ever pooled.
 
     Args:
         bundle: directory; a build needs no `verified` stamp to be measured, and the report says which ones have it.
         builds: names; all of them by default.
-        picture: picture file, decoded anew for every answer.
+        picture: picture file, decoded anew for every answer; a generated scene by default.
         question: what is asked.
-        repetitions: rounds, at least 1; medians need 10 or more to mean something.
+        repetitions: rounds at least; medians need 10 or more to mean something.
+        min_time_s: seconds of measuring at least.
+        max_time_s: seconds after which no round begins, even if a minimum isn't met; None is no cap.
         max_tokens: longest answer.
-        memory: also measure peak memory, which opens each build once more in a fresh process.
-        n_threads: threads of every build; all cores by default.
-        progress: receives a line per round.
+        prompt_tokens: sizes of llama-bench's `pp` tests; with these or `gen_tokens`, answers are measured only for
+            `image_sizes` or a `picture`.
+        gen_tokens: sizes of its `tg` tests.
+        threads: numbers of threads; all cores by default.
+        image_sizes: sizes of generated pictures, `64` or `640x480`.
+        devices: `cpu`, `cuda` or both; each is its samples' target.
+        memory: also measure memory and loading, which opens each build once more in a fresh process.
+        n_threads: short for `threads` of one.
+        progress: receives a line now and then.
 
     Returns:
-        Lines for results.jsonl: environment, bundle, size, latency and memory samples.
+        Lines for results.jsonl: environment, bundle, size, condition, ceiling, latency, energy and memory samples.
 
     Raises:
-        UsageError: an unknown build, or fewer than one repetition.
-        EngineError: a measuring process failed.
+        UsageError: an unknown build, or an argument out of range.
+        EngineError: an engine refused, or a measuring process failed.
     """
-    if repetitions < 1:
-        raise UsageError(f"{repetitions} repetitions", "give --repetitions 1 or more")
-    opened = open_bundle(bundle)
+    rule = StopRule(repetitions, min_time_s, math.inf if max_time_s is None else max_time_s)
+    counts = _threads(threads, n_threads)
+    opened = read_bundle(bundle)
     chosen = [opened.build(name) for name in builds] if builds else list(opened.builds().values())
-    runtimes = _open(opened, chosen, n_threads)
-    try:
-        environment = {**capture(next(iter(runtimes.values()))), "ceilings": ceilings()}
-        first = environment_sample(environment)
-        samples = [first, bundle_sample(opened, first.environment_id)]
-        samples += [sample for build in chosen for sample in sizes(build, first.environment_id)]
-        samples += interleaved(
-            runtimes, picture, question, repetitions, max_tokens, environment_id=first.environment_id, progress=progress
-        )
-    finally:
-        for runtime in runtimes.values():
-            runtime.close()
-    if memory:
-        for build in chosen:
-            samples += peak_memory(bundle, build.name, picture, question, first.environment_id, n_threads)
-            _say(progress, f"{build.name}: peak memory measured")
-    return samples
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes_asked = grid.image_sizes(image_sizes)
+        work = grid.tasks(picture, sizes_asked, prompt_tokens, gen_tokens, Path(scratch))
+        where = grid.devices(devices)
+        lines: list[Sample] = []
+        arms = _open(opened, chosen, where, counts, lines)
+        try:
+            first = lines[0].environment_id
+            grid.check_fits(work, min(arm.runtime.n_ctx for arm in arms))
+            lines.append(bundle_sample(opened, first))
+            lines += [sample for target in where for build in chosen for sample in sizes(build, first, target)]
+            lines += _measured(arms, work, Question(question, max_tokens), rule, where, progress)
+            reached = {line.stage: line.value for line in lines if line.kind == "ceiling"}
+            lines[0] = replace(lines[0], detail={**lines[0].detail, "ceilings": reached})
+        finally:
+            for arm in arms:
+                arm.runtime.close()
+        if memory:
+            shown = picture or next((task.picture for task in work if task.picture), None) or _small(Path(scratch))
+            for build in chosen:
+                for target in where:
+                    lines += memory_process.measure(
+                        bundle, build.name, shown, question, first, counts[0], device=target, max_tokens=max_tokens
+                    )
+                if progress:
+                    progress(f"{build.name}: memory and loading measured")
+    return lines
 
 
-def interleaved(
-    runtimes: dict[str, Runtime],
-    picture: Path,
-    question: str,
-    repetitions: int,
-    max_tokens: int,
-    *,
-    environment_id: str = "",
-    progress: Progress = None,
-) -> list[Sample]:
-    """Warm up, then answer in rounds A B C, B C A, C A B … and keep every stage of every answer."""
-    samples: list[Sample] = []
-    for name, runtime in runtimes.items():
-        cold = runtime.answer(picture, question, max_tokens=max_tokens)
-        for stage, value in (("load_ms", cold.timings.load_ms), ("cold_ttft_ms", cold.timings.ttft_ms)):
-            samples.append(Sample("latency", runtime.name, name, stage, value, "ms", 0, environment_id))
-        for _ in range(WARM_UP - 1):
-            runtime.answer(picture, question, max_tokens=max_tokens)
-        _say(progress, f"{name}: warm")
-    names = list(runtimes)
-    for repetition in range(repetitions):
-        turn = repetition % len(names)
-        for order, name in enumerate(names[turn:] + names[:turn]):
-            answer = runtimes[name].answer(picture, question, max_tokens=max_tokens)
-            samples += _stages(answer, runtimes[name].name, name, repetition, order, environment_id)
-        _say(progress, f"round {repetition + 1} of {repetitions}")
-    return samples
-
-
-def sizes(build: Build, environment_id: str = "") -> list[Sample]:
+def sizes(build: Build, environment_id: str = "", target: str = "cpu") -> list[Sample]:
     """Bytes on the device's disk, by role and in total."""
-    files = {role: getattr(build, role).bytes for role in ROLES} | {"total": build.bytes}
-    return [Sample("size", "edge", build.name, role, size, "bytes", 0, environment_id) for role, size in files.items()]
-
-
-def peak_memory(
-    bundle: Path,
-    build: str,
-    picture: Path,
-    question: str,
-    environment_id: str = "",
-    n_threads: int | None = None,
-) -> list[Sample]:
-    """Memory of one build, measured in a process that does nothing else.
-
-    Raises:
-        EngineError: the process failed, ran longer than ten minutes, or printed something else.
-    """
-    command = [sys.executable, "-m", "tinyllava_edge.benchmarks.peak_rss", str(bundle), build, str(picture), question]
-    command += [] if n_threads is None else [str(n_threads)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_MEMORY_TIMEOUT_S)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        sizes = {stage: int(size) for stage, size in found.items()}
-        return [Sample("memory", "edge", build, s, size, "bytes", 0, environment_id) for s, size in sizes.items()]
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(
-            f"{build}: no answer within {_MEMORY_TIMEOUT_S} s", "time it once with `run`; it may not fit in memory"
-        ) from error
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise EngineError(f"{build}: the memory measurement failed: {last}", "run the build once with `run`") from error
-
-
-def _stages(answer: Answer, runtime: str, build: str, number: int, order: int, environment_id: str) -> list[Sample]:
-    values = [(stage, value, "ms") for stage, value in answer.timings.to_dict().items() if stage != "load_ms"]
-    if answer.decode_tokens_per_s is not None:
-        values.append(("decode_tokens_per_s", answer.decode_tokens_per_s, "tokens/s"))
-    detail = {"order": order, "prompt_tokens": answer.n_prompt_tokens, "image_tokens": answer.n_image_tokens}
+    files = {role: getattr(build, role).total_bytes for role in ROLES} | {"total": build.bytes}
     return [
-        Sample("latency", runtime, build, stage, value, unit, number, environment_id, detail=detail)
-        for stage, value, unit in values
+        Sample("size", "edge", build.name, role, size, "bytes", 0, environment_id, target)
+        for role, size in files.items()
     ]
 
 
-def _open(bundle: Bundle, builds: Sequence[Build], n_threads: int | None) -> dict[str, Runtime]:
+def _measured(
+    arms: Sequence[Arm],
+    work: Sequence[grid.Task],
+    question: Question,
+    rule: StopRule,
+    targets: Sequence[str],
+    progress: Progress,
+) -> list[Sample]:
+    """Ceilings, the state before, the rounds, the state after."""
+    first, run = arms[0].environment_id, secrets.token_hex(4)
+    lines = ceilings.ceiling_samples(arms[0].n_threads or 1, first)
+    lines.append(_condition("before", first, {"run": run}))
+    with open_meter(gpu="cuda" in targets) as meter:
+        found = measure(arms, work, question, rule, run=run, meter=meter, progress=progress)
+    return [*lines, *found.samples, _condition("after", first, {"run": run, **_ended(found, rule)})]
+
+
+def _condition(stage: str, environment_id: str, detail: dict[str, object]) -> Sample:
+    return Sample("condition", stage=stage, environment_id=environment_id, detail={**conditions.read(), **detail})
+
+
+def _ended(found: Rounds, rule: StopRule) -> dict[str, object]:
+    cap = None if math.isinf(rule.max_time_s) else rule.max_time_s
+    return {
+        "rounds": found.rounds,
+        "seconds": round(found.seconds, 3),
+        "stopped_by": found.stopped_by,
+        "repetitions": rule.repetitions,
+        "min_time_s": rule.min_time_s,
+        "max_time_s": cap,
+    }
+
+
+def _threads(threads: Sequence[int], n_threads: int | None) -> list[int | None]:
+    """Numbers of threads to measure with; [None] is all cores."""
+    if threads and n_threads is not None:
+        raise UsageError("both threads and n_threads", "give `threads`")
+    return list(dict.fromkeys(threads)) or [n_threads]
+
+
+def _open(
+    bundle: Bundle, builds: Sequence[Build], devices: Sequence[str], threads: Sequence[int | None], lines: list[Sample]
+) -> list[Arm]:
+    """Open every build on every device with every number of threads; environment lines are added to `lines`."""
+    from tinyllava_edge.runtimes.devices import choose_device
     from tinyllava_edge.runtimes.edge import open_edge
 
-    runtimes: dict[str, Runtime] = {}
+    plans = {device: choose_device(device) for device in devices}
+    arms: list[Arm] = []
     try:
-        for build in builds:
-            runtimes[build.name] = open_edge(bundle, build.name, n_threads=n_threads, allow_unverified=True)
+        for device, plan in plans.items():
+            for number, count in enumerate(threads):
+                environment_id = ""
+                for build in builds:
+                    runtime = open_edge(bundle, build.name, n_threads=count, plan=plan, allow_unverified=True)
+                    arm = Arm(runtime, build.name, "", device, f"@t{count}" if number else "")
+                    arms.append(arm)
+                    if not environment_id:
+                        line = replace(environment_sample(capture(runtime)), target=device)
+                        environment_id = line.environment_id
+                        lines.append(line)
+                    found = int(runtime.environment()["n_threads"])
+                    arms[-1] = replace(arm, environment_id=environment_id, n_threads=found)
     except BaseException:
-        for runtime in runtimes.values():
-            runtime.close()
+        for arm in arms:
+            arm.runtime.close()
         raise
-    return runtimes
+    return arms
 
 
-def _say(progress: Progress, line: str) -> None:
-    if progress:
-        progress(line)
+def _small(scratch: Path) -> Path:
+    return grid.scene((64, 64), scratch)

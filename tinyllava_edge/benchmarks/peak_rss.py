@@ -1,52 +1,43 @@
-"""Memory of one build in a process of its own.
-
-    python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION [THREADS]
-
-Prints one JSON object in bytes. GGUF files are mapped, so the resident set counts weights that the system may drop and
-read again; `anon` (taken after the answer) is what it can't drop.
-"""
+"""What the kernel counts of a process's memory, and which processes are its children."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 
-def status() -> dict[str, int]:
-    """VmHWM, VmRSS and RssAnon of this process in bytes. Off Linux only VmHWM is known (getrusage)."""
-    path = Path("/proc/self/status")
-    if not path.is_file():
+def status(pid: int | str = "self") -> dict[str, int]:
+    """A process's counts in bytes: VmHWM (largest resident set), VmRSS, and its RssAnon, RssFile and RssShmem.
+
+    Off Linux only this process's VmHWM is known (getrusage). Empty for a process that has ended.
+    """
+    path = Path(f"/proc/{pid}/status")
+    if pid == "self" and not path.is_file():
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {"VmHWM": peak if sys.platform == "darwin" else peak * 1024}
     # not getrusage: on Linux its maximum survives exec, so a child would start with the parent's
-    lines = (line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines())
-    wanted = ("VmHWM:", "VmRSS:", "RssAnon:")
+    try:
+        lines = (line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines())
+    except OSError:
+        return {}
+    wanted = ("VmHWM:", "VmRSS:", "RssAnon:", "RssFile:", "RssShmem:")
     return {parts[0].rstrip(":"): int(parts[1]) * 1024 for parts in lines if parts and parts[0] in wanted}
 
 
-def measure(bundle: str, build: str, image: str, question: str, n_threads: int | None = None) -> dict[str, int]:
-    """Open a build, answer once, and report memory in bytes."""
-    from tinyllava_edge.runtimes.edge import open_edge
-
-    runtime = open_edge(Path(bundle), build, n_threads=n_threads, allow_unverified=True)
-    try:
-        loaded = status()
-        runtime.answer(image, question, max_tokens=16)
-        done = status()
-    finally:
-        runtime.close()
-    return {
-        "peak_rss": done["VmHWM"],
-        "after_load": loaded.get("VmRSS", loaded["VmHWM"]),
-        "anon": done.get("RssAnon", done["VmHWM"]),
-    }
-
-
-if __name__ == "__main__":
-    if len(sys.argv) not in (5, 6):
-        sys.exit("usage: python -m tinyllava_edge.benchmarks.peak_rss BUNDLE BUILD IMAGE QUESTION [THREADS]")
-    threads = int(sys.argv[5]) if len(sys.argv) == 6 else None
-    print(json.dumps(measure(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], threads)))
+def descendants(pid: int, proc: Path = Path("/proc")) -> list[int]:
+    """Living children of a process, their children, and so on; empty where there is no procfs."""
+    children: dict[int, list[int]] = {}
+    for path in proc.glob("[0-9]*/stat"):
+        try:  # the name in parentheses may hold anything, also parentheses
+            parent = int(path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):  # it has ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found, left = list[int](), [pid]
+    while left:
+        own = children.get(left.pop(), [])
+        found += own
+        left += own
+    return found

@@ -3,7 +3,7 @@
 Keys of every line:
 
     schema          1
-    kind            `environment`, `bundle`, `latency`, `memory`, `size`, `answer`, `accuracy`, `verify` or `command`
+    kind            one of KINDS
     target          where it ran: `cpu`, later `gpu`, `ssh://host`, `browser`
     runtime         `edge` or `reference`; empty for lines about the machine
     build           build name, or the checkpoint's precision
@@ -17,13 +17,21 @@ Keys of every line:
 |---|---|---|---|
 | environment | – | – | machine, libraries, threads (environment.capture) |
 | bundle | – | – | name, sha256, files with hashes and tensor types |
-| latency | a stage of StageTimings, e.g. `ttft_ms`, `vision_ms` | ms | `order`: place in the round |
+| latency | a stage of StageTimings, e.g. `ttft_ms`; `@t2` marks a grid point | ms | `order`, `run`, `n_threads` |
 | latency | `load_ms`, `cold_ttft_ms`: the first answer after opening | ms | – |
+| latency | `load_cold_ms`, `load_warm_ms`: opening in a fresh process, files out of the page cache or in | ms | – |
+| latency | `total_ms`: request to last token | ms | `token_ms`: each decoding step |
 | latency | `decode_tokens_per_s`: tokens 2..n | tokens/s | – |
-| memory | `peak_rss`, `after_load`, `anon` | bytes | – |
+| latency | `pp512`, `tg128` …: llama-bench's tests | tokens/s | – |
+| memory | `peak_rss`, `after_load`, `anon`, `file`, `gpu` | bytes | – |
+| energy | `answer` | J | `source`; value null with a `reason` where nothing can be read |
+| condition | `before`, `after` | – | temperatures, frequencies, governor, throttling, load |
+| ceiling | `copy_gb_per_s`, `gemm_f32_gflop_per_s`, `gemm_int8_gop_per_s` | its unit | – |
 | size | `preprocess`, `vision`, `llm`, `total` | bytes | – |
 | answer | `picture`, or `blind` (pictures shuffled) | correct | the fields of AnswerRecord |
-| accuracy | name of a public benchmark's score | % | protocol, n |
+| run | – | – | one evaluation: task, protocol, questions, their hash, shard |
+| accuracy | name of a benchmark's score, e.g. `pope/f1` | % | protocol, n, and the judge where one spoke |
+| divergence | cause, e.g. `llm`, `vision` | nats | mean KL per answer token of one question; see divergence.py |
 | verify | – | – | one build's record of the verify report |
 | command | – | – | `command`: what was typed |
 """
@@ -40,7 +48,22 @@ from tinyllava_edge.errors import DataError
 from tinyllava_edge.files import new_file
 
 SCHEMA = 1
-KINDS = ("environment", "bundle", "latency", "memory", "size", "answer", "accuracy", "verify", "command")
+KINDS = (
+    "environment",
+    "bundle",
+    "latency",
+    "memory",
+    "energy",
+    "condition",
+    "ceiling",
+    "size",
+    "run",
+    "answer",
+    "accuracy",
+    "divergence",
+    "verify",
+    "command",
+)
 
 
 @dataclass(frozen=True)
@@ -75,40 +98,93 @@ class Sample:
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One question, what was expected and what was said."""
+    """One question, what was expected, what was said, what that became."""
 
     id: str
     """unique within the evaluation set"""
     image: str
-    """picture's name below the image directory; the right one, also in a blind run"""
+    """picture's name in the data set; the right one, also in a blind run"""
     question: str
     """the words asked"""
     expected: str
-    """the annotated answer"""
+    """the annotated answer, for people to read"""
     given: str
     """the runtime's answer"""
     question_type: str = ""
     """e.g. `yes/no`"""
     tier: str = ""
     """difficulty, where the set has tiers"""
+    task: str = ""
+    """benchmark; empty for a LLaVA JSON file"""
+    protocol: str = ""
+    """everything that moves the score, as one id"""
+    parsed: str = ""
+    """what the answer counts as"""
+    score: float | None = None
+    """0..1; None: exact match decides, or no label is known where `task` is set"""
+    unit: str = ""
+    """questions that only count together"""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """what else the task's metrics need"""
+    prompt_sha256: str = ""
+    """of the whole prompt as text, template included"""
+    image_sha256: str = ""
+    """of the picture's bytes"""
+    n_prompt_tokens: int = 0
+    """prompt positions, image embeddings included"""
+    token_ids: tuple[int, ...] = ()
+    """generated ids, the end token excluded"""
+    margins: tuple[float, ...] = ()
+    """logit of the chosen token minus the next best one's, per decoding step, the end token's step included"""
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+    """stage timings of the call that gave this answer; empty where another answer of the same call carries them"""
 
     @property
     def correct(self) -> bool:
-        """Exact match after strip and lower."""
+        """Full score, or an exact match after strip and lower where there is no task."""
+        if self.score is not None or self.task:
+            return self.score is not None and self.score >= 1
         return self.given.strip().lower() == self.expected.strip().lower()
+
+    @property
+    def value(self) -> float | None:
+        """The score, 0..1; None where no label is known."""
+        return self.score if self.score is not None or self.task else float(self.correct)
 
     def to_sample(self, runtime: str, build: str, stage: str, number: int, environment_id: str) -> Sample:
         """The `answer` line of this record."""
-        value = float(self.correct)
-        return Sample("answer", runtime, build, stage, value, "correct", number, environment_id, detail=asdict(self))
+        detail = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        detail = {name: value for name, value in detail.items() if name in _REQUIRED or value not in _EMPTY}
+        return Sample("answer", runtime, build, stage, self.value, "correct", number, environment_id, detail=detail)
 
     @classmethod
     def from_sample(cls, sample: Sample) -> AnswerRecord:
-        """The record in an `answer` line. Raises DataError when a key is missing."""
-        try:
-            return cls(**{name: str(sample.detail[name]) for name in cls.__dataclass_fields__})
-        except KeyError as error:
-            raise DataError(f"an answer line lacks {error}", "measure again with this version") from error
+        """The record in an `answer` line; keys that are absent have their defaults. Raises DataError."""
+        detail = sample.detail
+        found: dict[str, Any] = {}
+        for name, meant in cls.__dataclass_fields__.items():
+            if name not in detail:
+                if name in _REQUIRED:
+                    raise DataError(f"an answer line lacks {name!r}", "measure again with this version")
+                continue
+            value = detail[name]
+            if not isinstance(value, _TYPES[str(meant.type)]):
+                raise DataError(f"an answer line's {name!r} is a {type(value).__name__}", "measure again")
+            found[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**found)
+
+
+_REQUIRED = ("id", "image", "question", "expected", "given", "question_type", "tier")
+_EMPTY: tuple[Any, ...] = ("", [], {}, None)
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float | None": (float, int, type(None)),
+    "Mapping[str, Any]": dict,
+    "Mapping[str, float]": dict,
+    "tuple[int, ...]": (list, tuple),
+    "tuple[float, ...]": (list, tuple),
+}
 
 
 def write_results(path: Path, samples: Iterable[Sample]) -> None:

@@ -1,23 +1,29 @@
 """Numbers that can be defended: medians with bootstrap intervals, Wilson intervals, exact McNemar, answer flips.
 
-Means and t-tests are avoided on purpose: latencies are skewed and answers are paired 0/1 scores.
+Means and t-tests are avoided on purpose: latencies are skewed and answers are paired 0/1 scores. What needs scipy or
+statsmodels imports them on the call; medians and Wilson intervals need neither, because `eval` runs on devices.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tinyllava_edge.benchmarks import clusters
 from tinyllava_edge.benchmarks.results import AnswerRecord
-from tinyllava_edge.errors import DataError, UsageError
+from tinyllava_edge.errors import DataError, DependencyError, UsageError
 
 LEVEL = 0.95  # every interval of this module
-_BLOCK = 50  # resamples drawn at once: 10,000 pictures are 4 MB
+_SAME = "evaluate both on the same questions under the same protocol"
+_ASKED = ("task", "protocol", "question", "expected", "image", "unit", "prompt_sha256", "image_sha256")
+_asked = operator.attrgetter(*_ASKED)
 Z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
@@ -96,53 +102,82 @@ def wilson(correct: int, n: int) -> Interval:
 def mcnemar_exact(worse: int, better: int) -> float:
     """Two-sided exact McNemar test: are `worse` and `better` flips two sides of a fair coin? (McNemar 1947)
 
-    1.0 when there are no flips. Example: 34 worse and 19 better give 0.053.
+    1.0 when there are no flips. Example: 34 worse and 19 better give 0.053. Raises UsageError for negative counts and
+    DependencyError without statsmodels.
     """
     if worse < 0 or better < 0:
         raise UsageError(f"{worse} and {better} flips", "counts can't be negative")
-    n = worse + better
-    tail = sum(math.comb(n, k) for k in range(min(worse, better) + 1))
-    return min(1.0, float(2 * tail / 2**n))
+    try:
+        from statsmodels.stats.contingency_tables import mcnemar
+    except ImportError as error:
+        raise DependencyError("statsmodels is not installed", "pip install 'tinyllava-edge[compare]'") from error
+    return float(mcnemar([[0, worse], [better, 0]], exact=True).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of p values that belong to one set of questions (Holm 1979), in their order.
+
+    Raises DependencyError without statsmodels.
+    """
+    if not p_values:
+        return []
+    try:
+        from statsmodels.stats.multitest import multipletests
+    except ImportError as error:
+        raise DependencyError("statsmodels is not installed", "pip install 'tinyllava-edge[compare]'") from error
+    return [float(value) for value in multipletests(list(p_values), method="holm")[1]]
 
 
 def flips(reference: Sequence[AnswerRecord], build: Sequence[AnswerRecord]) -> Flips:
     """Compare two runs over the same questions, joined by id and never by order.
 
     Raises:
-        DataError: an id occurs twice, the id sets differ, or a question or its annotation differs.
+        DataError: an id occurs twice, the id sets differ, or a question, its annotation or its protocol differs.
     """
-    before, after = _by_id(reference, "reference"), _by_id(build, "build")
-    if set(before) != set(after):
-        odd = sorted(set(before) ^ set(after))
-        raise DataError(
-            f"{len(odd)} questions were answered in one run only, e.g. {odd[0]}", "evaluate both on the same set"
-        )
-    pairs = [(before[name], after[name]) for name in before]
-    for old, new in pairs:
-        if (old.question, old.expected, old.image) != (new.question, new.expected, new.image):
-            raise DataError(f"question {old.id} differs between the two runs", "evaluate both on the same set")
+    pairs = align(reference, build)
     worse = tuple(old.id for old, new in pairs if old.correct and not new.correct)
     better = tuple(old.id for old, new in pairs if new.correct and not old.correct)
     changed = tuple(old.id for old, new in pairs if old.given.strip().lower() != new.given.strip().lower())
     return Flips(len(pairs), changed, worse, better, mcnemar_exact(len(worse), len(better)), _difference(pairs))
 
 
-def _difference(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]], resamples: int = 2000, seed: int = 0) -> Interval:
+def align(
+    reference: Sequence[AnswerRecord], build: Sequence[AnswerRecord], where: str = "the build"
+) -> list[tuple[AnswerRecord, AnswerRecord]]:
+    """Join two runs by id, in the reference's order. `where` names the second run in errors.
+
+    Raises:
+        DataError: an id occurs twice, the id sets differ, or a question, its annotation, picture or protocol differs.
+    """
+    before, after = _by_id(reference, "the reference"), _by_id(build, where)
+    if set(before) != set(after):
+        odd = sorted(set(before) ^ set(after))
+        raise DataError(
+            f"{where}: {len(odd)} questions were answered in one run only, e.g. {odd[0]}",
+            "evaluate both on the same set",
+        )
+    pairs = [(before[name], after[name]) for name in before]
+    for old, new in pairs:
+        if _asked(old) == _asked(new):
+            continue
+        for key in _ASKED:
+            mine, theirs = getattr(old, key), getattr(new, key)
+            known = not key.endswith("sha256") or (mine and theirs)  # a hash is empty where a run did not record it
+            if known and mine != theirs:
+                raise DataError(f"{where}: {key} of question {old.id} differs from the reference's", _SAME)
+    return pairs
+
+
+def _difference(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Interval:
     """Paired difference in points; whole pictures are drawn, because questions on one picture hang together."""
     if not pairs:
         return Interval(0.0, 0.0, 0.0)
-    gains: dict[str, list[int]] = {}
-    for old, new in pairs:
-        gains.setdefault(old.image, []).append(int(new.correct) - int(old.correct))
-    sums = np.array([sum(gain) for gain in gains.values()], dtype=np.float64)
-    sizes = np.array([len(gain) for gain in gains.values()], dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples // _BLOCK):
-        draw = rng.integers(0, len(sums), (_BLOCK, len(sums)))
-        means.append(sums[draw].sum(axis=1) / sizes[draw].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Interval(100 * float(sums.sum() / sizes.sum()), 100 * float(low), 100 * float(high))
+    gains = [float(int(new.correct) - int(old.correct)) for old, new in pairs]
+    groups = clusters.cluster(gains, [old.image for old, _ in pairs])
+    if len(groups.sums) < 2:
+        return Interval(*(3 * [100 * groups.mean]))
+    low, high = np.quantile(clusters.resampled(groups), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Interval(100 * groups.mean, 100 * float(low), 100 * float(high))
 
 
 def derangement(n: int, seed: int) -> list[int]:
@@ -157,10 +192,11 @@ def derangement(n: int, seed: int) -> list[int]:
     return place
 
 
-def _by_id(records: Sequence[AnswerRecord], name: str) -> dict[str, AnswerRecord]:
+def _by_id(records: Sequence[AnswerRecord], where: str) -> dict[str, AnswerRecord]:
     table = {record.id: record for record in records}
     if len(table) != len(records):
-        raise DataError(f"the {name} run answers an id twice", "join each run's answers once")
+        twice = next(name for name, count in Counter(record.id for record in records).items() if count > 1)
+        raise DataError(f"{where}: question {twice} is answered twice", "join each run's answers once")
     return table
 
 

@@ -1,128 +1,113 @@
-"""Raw samples → one row per build, and the decision which build to ship."""
+"""Raw samples → one row per target and build, and the decision which build to ship.
+
+Latency, memory and energy belong to the target they were measured on and are never joined across targets. Size and
+parity are the build's own. A target that gave no answers of its own is judged by the same build's answers elsewhere.
+"""
 
 from __future__ import annotations
 
+import json
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tinyllava_edge.benchmarks import report_formats as formats
 from tinyllava_edge.benchmarks import stats
+from tinyllava_edge.benchmarks.decision import Budget, decide
+from tinyllava_edge.benchmarks.evaluation import accuracy, accuracy_by
 from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
-from tinyllava_edge.benchmarks.stats import Flips, Interval
-from tinyllava_edge.benchmarks.tasks import BLIND, PICTURE, accuracy, accuracy_by
+from tinyllava_edge.benchmarks.run_file import BLIND, PICTURE
+from tinyllava_edge.benchmarks.stats import Interval
+from tinyllava_edge.benchmarks.summary_types import (
+    ALLOWED_LOSS,
+    EDGE,
+    NOISY,
+    REFERENCE,
+    STAGES,
+    BuildSummary,
+    Decision,
+    Summary,
+    on_target,
+)
 from tinyllava_edge.errors import DataError
 
-ALLOWED_LOSS = 1.0  # points of accuracy that a build may lose against the reference and still ship
-NOISY = 0.10  # spread / median above which a latency is flagged
-STAGES = ("decode_image_ms", "preprocess_ms", "vision_ms", "prefill_ms", "first_token_ms")  # they add up to the TTFT
+__all__ = [
+    "ALLOWED_LOSS",
+    "NOISY",
+    "STAGES",
+    "BuildSummary",
+    "Decision",
+    "Summary",
+    "answer_records",
+    "apart",
+    "decide",
+    "headline",
+    "summarise",
+]
+Key = tuple[str, str, str]  # target, runtime, build
+DEVICE_KINDS = ("latency", "memory", "energy")  # what belongs to a target alone
+FACTS = ("image_size", "image_sha256", "question_sha256", "max_tokens")  # runs that differ in them are never pooled
 
 
-@dataclass(frozen=True)
-class BuildSummary:
-    """What was measured of one build, or of the reference; None where nothing was."""
+def summarise(samples: Sequence[Sample], budget: Budget | None = None) -> Summary:
+    """Group the samples by target and build. Accuracy and flips are those of the first task whose answers are there.
 
-    runtime: str
-    """`edge` or `reference`"""
-    build: str
-    """build name, or the checkpoint's precision"""
-    bytes: int | None
-    """size on disk"""
-    sizes: Mapping[str, int]
-    """bytes by role"""
-    accuracy: Interval | None
-    """share of exact matches, 0..1"""
-    n: int
-    """questions answered"""
-    by_type: Mapping[str, Interval]
-    """accuracy by question type"""
-    by_tier: Mapping[str, Interval]
-    """accuracy by tier"""
-    ttft: Interval | None
-    """median time to first token in ms with its bootstrap interval"""
-    ttft_p90: float | None
-    """90th percentile in ms"""
-    ttft_mad: float | None
-    """median absolute deviation in ms"""
-    samples: int
-    """answers that were timed"""
-    stages: Mapping[str, float]
-    """median of every latency stage"""
-    memory: Mapping[str, int]
-    """largest sample of every memory stage, in bytes"""
-    verified: bool | None
-    """the verify record's verdict"""
-    verify: Mapping[str, Any]
-    """the verify record"""
-    flips: Flips | None
-    """against the reference, over the questions that the accuracy counts"""
-    tier_flips: Flips | None
-    """against the reference, over the questions with a tier, where those are counted apart"""
-
-    @property
-    def label(self) -> str:
-        """What the build is called in tables."""
-        return self.build if self.runtime == "edge" else f"{self.runtime} {self.build}"
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the TTFT samples scatter by more than a tenth (1.4826 MAD stands for a standard deviation)."""
-        if self.ttft is None or self.ttft_mad is None:
-            return False
-        return 1.4826 * self.ttft_mad > NOISY * self.ttft.estimate
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which build to ship."""
-
-    build: str | None
-    """its name, or None when no build qualifies"""
-    reasons: tuple[str, ...]
-    """sentences that say why"""
-    rejected: Mapping[str, str]
-    """build → what speaks against it"""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Everything that a report shows, computed from raw samples."""
-
-    builds: tuple[BuildSummary, ...]
-    """edge builds, in order of first appearance"""
-    reference: BuildSummary | None
-    """the checkpoint that the builds came from"""
-    blind: tuple[AnswerRecord, ...]
-    """answers with shuffled pictures: the reference's, or else the first build's"""
-    decision: Decision
-    """which build to ship"""
-
-
-def summarise(samples: Sequence[Sample]) -> Summary:
-    """Group the samples by build.
+    Args:
+        samples: lines of results.jsonl.
+        budget: limits of the decision in base units, see `decision.COSTS`.
 
     Raises:
         DataError: more than one reference or bundle, or one build answers a question twice.
+        UsageError: a limit that is unknown.
     """
     _one_bundle(samples)
-    keys = list(dict.fromkeys((s.runtime, s.build) for s in samples if s.build))
-    references = [key for key in keys if key[0] == "reference"]
-    if len(references) > 1:
-        raise DataError(f"{len(references)} references in one report: {references}", "report one checkpoint at a time")
-    answers = {key: answer_records(samples, *key, PICTURE) for key in keys}
-    base = answers[references[0]] if references else []
-    built = {key: _build(samples, *key, answers[key], base if key not in references else []) for key in keys}
-    builds = tuple(summary for key, summary in built.items() if key[0] == "edge")
-    reference = built[references[0]] if references else None
-    blind = next((found for key in references + keys if (found := answer_records(samples, *key, BLIND))), [])
-    return Summary(builds, reference, tuple(blind), decide(builds, reference, blind))
+    samples = _first_task(samples)
+    keys = list(dict.fromkeys((s.target, s.runtime, s.build) for s in samples if s.build and s.runtime))
+    precisions = list(dict.fromkeys(key[1:] for key in keys if key[1] == REFERENCE))
+    if len(precisions) > 1:
+        raise DataError(f"{len(precisions)} references in one report: {precisions}", "report one checkpoint at a time")
+    answers = {key: _answers(samples, key, PICTURE) for key in keys}
+    measured = {s.target for s in samples if s.kind in DEVICE_KINDS and s.runtime != REFERENCE}
+    keys = [key for key in keys if key[1] == REFERENCE or not measured or key[0] in measured]
+    several = len({key[0] for key in keys}) > 1
+    references = [key for key in keys if key[1] == REFERENCE]
+    built = {}
+    for key in references + [key for key in keys if key[1] != REFERENCE]:
+        own, giver = _own_answers(key, answers)
+        base = [] if key[1] == REFERENCE else _base(key, references, answers)
+        built[key] = _build(samples, key, own, base, giver, key[0] if several else "")
+    builds = [row for key, row in built.items() if key[1] != REFERENCE]
+    targets = list(dict.fromkeys(row.target for row in builds))
+    builds = [row for target in targets for row in on_target(builds, target)]
+    blind = next((found for key in references + keys if (found := _answers(samples, key, BLIND))), [])
+    anchors = [built[key] for key in references]
+    first = next((row for row in anchors if row.accuracy), anchors[0] if anchors else None)
+    edge = [row for row in builds if row.runtime == EDGE] or builds
+    decisions = tuple(
+        decide(on_target(edge, target), _anchor(anchors, target) or first, headline(blind), budget)
+        for target in dict.fromkeys(row.target for row in edge)
+    ) or (decide((), first, (), budget),)
+    return Summary(
+        builds=tuple(builds),
+        reference=first,
+        blind=tuple(blind),
+        decision=decisions[0],
+        decisions=decisions,
+        references=tuple(anchors),
+        machines=tuple(_machines(samples)),
+        protocol=next((str(s.detail.get("protocol", "")) for s in samples if s.kind == "answer"), ""),
+        allowed_loss=(budget or {}).get("drop", ALLOWED_LOSS),
+    )
 
 
-def answer_records(samples: Iterable[Sample], runtime: str, build: str, stage: str) -> list[AnswerRecord]:
-    """The answers of one run."""
+def answer_records(
+    samples: Iterable[Sample], runtime: str, build: str, stage: str, target: str | None = None
+) -> list[AnswerRecord]:
+    """The answers of one run; of the first target that gave any, unless one is named."""
     wanted = (runtime, build, stage)
     chosen = [s for s in samples if s.kind == "answer" and (s.runtime, s.build, s.stage) == wanted]
-    return [AnswerRecord.from_sample(sample) for sample in chosen]
+    place = target if target is not None else chosen[0].target if chosen else ""
+    return [AnswerRecord.from_sample(sample) for sample in chosen if sample.target == place]
 
 
 def headline(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
@@ -139,24 +124,67 @@ def apart(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     return tiered if len(tiered) < len(records) else []
 
 
-def decide(
-    builds: Sequence[BuildSummary], reference: BuildSummary | None, blind: Sequence[AnswerRecord] = ()
-) -> Decision:
-    """The smallest build that is verified and loses at most ALLOWED_LOSS points; equal sizes go to the faster one."""
-    rejected = {summary.build: reason for summary in builds if (reason := _objection(summary, reference))}
-    fit = [summary for summary in builds if summary.build not in rejected]
-    if not fit:
-        return Decision(None, ("No build is both verified and within the allowed loss.",), rejected)
-    ttft = {summary.build: summary.ttft.estimate if summary.ttft else float("inf") for summary in fit}
-    best = min(fit, key=lambda summary: (summary.bytes or 0, ttft[summary.build]))
-    reasons = _reasons(best, fit, reference)
-    guessed = accuracy(headline(blind)) if blind else None
-    if guessed and reference and reference.accuracy and reference.accuracy.low <= guessed.high:
-        reasons.append(
-            f"Beware: with shuffled pictures the model answers {formats.percent(guessed)} right, so these "
-            "questions hardly show that it sees at all."
-        )
-    return Decision(best.build, tuple(reasons), rejected)
+def pooled_runs(own: Sequence[Sample], threads: Mapping[str, Any]) -> tuple[list[Sample], int, int]:
+    """A build's latency and energy lines without the runs that had other settings than the first one.
+
+    Args:
+        own: lines of one build on one target.
+        threads: environment id → number of threads.
+
+    Returns:
+        The lines, how many runs they pool, and how many runs are left out.
+    """
+    asked: dict[tuple[str, str], list[str]] = {}
+    for sample in own:
+        if sample.kind == "latency" and (sample.stage == "ttft_ms" or "run" in sample.detail):
+            facts = asked.setdefault(_run(sample), [])
+            if sample.stage == "ttft_ms" and not facts:  # decoder tests have no picture: their runs go with any
+                facts += [json.dumps(sample.detail.get(name)) for name in FACTS]
+    first = next(iter(asked), ("", ""))
+    known = next((facts for facts in asked.values() if facts), [])
+    others = {
+        run
+        for run, facts in asked.items()
+        if threads.get(run[0]) != threads.get(first[0]) or (facts and facts != known)
+    }
+    kept = [s for s in own if s.kind not in ("latency", "energy") or _run(s) not in others]
+    repeats = Counter((_run(s), s.sample) for s in kept if s.kind == "latency" and s.stage == "ttft_ms")
+    timed = {_run(s) for s in kept if s.kind == "latency" and s.stage == "ttft_ms"}
+    return kept, max(len(timed), *repeats.values(), 1), len(others)
+
+
+def _run(sample: Sample) -> tuple[str, str]:
+    return sample.environment_id, str(sample.detail.get("run", ""))
+
+
+def _answers(samples: Sequence[Sample], key: Key, stage: str) -> list[AnswerRecord]:
+    return answer_records(samples, key[1], key[2], stage, key[0])
+
+
+def _own_answers(key: Key, answers: Mapping[Key, list[AnswerRecord]]) -> tuple[list[AnswerRecord], str]:
+    """The answers that a row counts, and the target that gave them where it is another one."""
+    if answers[key]:
+        return answers[key], ""
+    for other, found in answers.items():
+        if other[1:] == key[1:] and found:
+            return found, other[0]
+    return [], ""
+
+
+def _base(key: Key, references: Sequence[Key], answers: Mapping[Key, list[AnswerRecord]]) -> list[AnswerRecord]:
+    """The reference's answers on the build's own target, or else on the first one."""
+    ordered = sorted(references, key=lambda other: other[0] != key[0])
+    return next((answers[other] for other in ordered if answers[other]), [])
+
+
+def _anchor(anchors: Sequence[BuildSummary], target: str) -> BuildSummary | None:
+    return next((row for row in on_target(anchors, target) if row.accuracy), None)
+
+
+def _first_task(samples: Sequence[Sample]) -> list[Sample]:
+    """Without the answers to other tasks: their scores stand in a table of their own."""
+    tasks = [str(sample.detail.get("task", "")) for sample in samples if sample.kind == "answer"]
+    return [s for s in samples if s.kind != "answer" or str(s.detail.get("task", "")) == tasks[0]]
 
 
 def _one_bundle(samples: Iterable[Sample]) -> None:
@@ -170,14 +198,24 @@ def _one_bundle(samples: Iterable[Sample]) -> None:
 
 
 def _build(
-    samples: Sequence[Sample], runtime: str, build: str, records: list[AnswerRecord], base: list[AnswerRecord]
+    samples: Sequence[Sample],
+    key: Key,
+    records: list[AnswerRecord],
+    base: list[AnswerRecord],
+    answered_on: str,
+    place: str,
 ) -> BuildSummary:
+    target, runtime, build = key
     counted = headline(records)
-    own = [s for s in samples if (s.runtime, s.build) == (runtime, build)]
+    own, runs, left_out = pooled_runs(
+        [s for s in samples if (s.target, s.runtime, s.build) == key], threads_by_environment(samples)
+    )
     latency = _values(own, "latency")
-    sizes = {stage: int(values[-1]) for stage, values in _values(own, "size").items()}
-    ttft = latency.get("ttft_ms", [])
-    verify = _verify_record(samples, build) if runtime == "edge" else {}
+    everywhere = [s for s in samples if (s.runtime, s.build) == (runtime, build)]
+    sizes = {stage: int(values[-1]) for stage, values in (_values(own, "size") or _values(everywhere, "size")).items()}
+    energy = _values(own, "energy").get("answer", [])
+    ttft, total = latency.get("ttft_ms", []), latency.get("total_ms", [])
+    verify = {} if runtime == REFERENCE else _verify_record(samples, build)
     return BuildSummary(
         runtime=runtime,
         build=build,
@@ -187,7 +225,7 @@ def _build(
         n=len(counted),
         by_type=accuracy_by(counted, "question_type"),
         by_tier=accuracy_by(records, "tier"),
-        ttft=stats.median_interval(ttft) if ttft else None,
+        ttft=_median(ttft),
         ttft_p90=stats.p90(ttft) if ttft else None,
         ttft_mad=stats.mad(ttft) if ttft else None,
         samples=len(ttft),
@@ -197,7 +235,38 @@ def _build(
         verify=verify,
         flips=stats.flips(headline(base), counted) if base and counted else None,
         tier_flips=stats.flips(apart(base), apart(records)) if apart(base) and apart(records) else None,
+        target=target,
+        place=place,
+        answered_on=answered_on,
+        total=_median(total),
+        energy=_median(energy),
+        energy_notes=_energy_notes(own),
+        variation={stage: spread for stage, values in latency.items() if (spread := variation(values)) is not None},
+        runs=runs,
+        left_out=left_out,
     )
+
+
+def variation(values: Sequence[float]) -> float | None:
+    """Coefficient of variation: standard deviation / mean; None with fewer than three values or a mean of 0."""
+    mean = statistics.fmean(values) if len(values) >= 3 else 0.0
+    return statistics.stdev(values) / abs(mean) if mean else None
+
+
+def threads_by_environment(samples: Iterable[Sample]) -> dict[str, Any]:
+    """Environment id → threads of its runtime."""
+    found = {s.environment_id: s.detail.get("runtime") for s in samples if s.kind == "environment"}
+    return {name: runtime.get("n_threads") for name, runtime in found.items() if isinstance(runtime, dict)}
+
+
+def _median(values: Sequence[float]) -> Interval | None:
+    return stats.median_interval(values) if values else None
+
+
+def _energy_notes(own: Iterable[Sample]) -> tuple[str, ...]:
+    """Distinct sources, or reasons why nothing could be read."""
+    names = [s.detail.get("source" if s.value is not None else "reason") for s in own if s.kind == "energy"]
+    return tuple(dict.fromkeys(str(name) for name in names if name))
 
 
 def _values(samples: Iterable[Sample], kind: str) -> dict[str, list[float]]:
@@ -218,43 +287,12 @@ def _verify_record(samples: Sequence[Sample], build: str) -> dict[str, Any]:
     return next((dict(stamp) for stamp in reversed(stamps) if isinstance(stamp, dict)), {})
 
 
-def _objection(summary: BuildSummary, reference: BuildSummary | None) -> str:
-    """Why a build may not ship; empty when it may."""
-    if summary.verified is None:
-        return "not verified against its checkpoint"
-    if not summary.verified:
-        return f"failed verification at {summary.verify.get('first_divergence', 'an unknown stage')}"
-    if reference is None or reference.accuracy is None:
-        return "there is no reference accuracy to compare with"
-    if summary.flips is None:
-        return "its accuracy was not measured"
-    loss = -summary.flips.difference.estimate
-    if loss > ALLOWED_LOSS:
-        return f"loses {loss:.1f} points of accuracy"
-    return "its size was not measured" if summary.bytes is None else ""
-
-
-def _reasons(best: BuildSummary, fit: Sequence[BuildSummary], reference: BuildSummary | None) -> list[str]:
-    reasons = [f"It is the smallest of {len(fit)} builds that are verified and lose at most {ALLOWED_LOSS:g} point."]
-    if len(fit) == 1:
-        reasons = [f"It is the only build that is verified and loses at most {ALLOWED_LOSS:g} point."]
-    if best.flips and reference and reference.accuracy and best.accuracy:
-        gap = best.flips.difference
-        verdict = "a difference" if best.flips.p_value < 1 - stats.LEVEL else "not distinguishable"
-        change, low, high = (formats.points(value) for value in (gap.estimate, gap.low, gap.high))
-        reasons.append(
-            f"It answers {formats.percent(best.accuracy)} of {best.n:,} questions right, the reference "
-            f"{formats.percent(reference.accuracy)}: {change} points (95 % interval {low} to {high}), "
-            f"{verdict} by the exact McNemar test (p = {best.flips.p_value:.2g})."
-        )
-    timed = [summary for summary in fit if summary.ttft]
-    fastest = min(timed, key=lambda summary: summary.ttft.estimate) if timed else None  # type: ignore[union-attr]
-    if fastest and fastest.ttft and best.ttft and fastest.build != best.build:
-        apart = fastest.ttft.high < best.ttft.low
-        reasons.append(
-            f"{fastest.build} is {'faster' if apart else 'not measurably faster'}: "
-            f"{formats.ms(fastest.ttft.estimate)} ms to the first token instead of {formats.ms(best.ttft.estimate)} ms."
-        )
-    elif fastest and best.ttft:
-        reasons.append(f"It is also the fastest of them: {formats.ms(best.ttft.estimate)} ms to the first token.")
-    return reasons
+def _machines(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Details of `environment` lines, each machine once, with the target it was reached as."""
+    found: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        if sample.kind == "environment":
+            detail = {**sample.detail, "target": sample.target}
+            stable = ("target", "cpu", "memory_bytes", "limits", "system", "libraries")
+            found.setdefault(json.dumps([detail.get(name) for name in stable], default=str), detail)
+    return list(found.values())

@@ -6,45 +6,63 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tinyllava_edge.benchmarks.evaluation import accuracy, evaluate, sample_questions
 from tinyllava_edge.benchmarks.results import AnswerRecord, read_results
-from tinyllava_edge.benchmarks.tasks import Row, accuracy, evaluate, load_rows, sample_rows
+from tinyllava_edge.benchmarks.tasks.base import Question
+from tinyllava_edge.benchmarks.tasks.llava_json import load_rows
 from tinyllava_edge.errors import DataError
 from tinyllava_edge.runtimes.base import Answer
 
 
 class Scripted:
-    """Answers with the name of the picture it was shown, or fails after so many pictures."""
+    """Answers with the picture that it was shown, or fails after so many pictures."""
 
-    name, build = "edge", "fp32+f16"
+    name, build, pictures_at_once = "edge", "fp32+f16", 1
+    spec = SimpleNamespace(template="phi")
 
-    def __init__(self, fail_after: int = 10**9, model: str = "m1") -> None:
+    def __init__(self, fail_after: int = 10**9, model: str = "m1", at_once: int = 1) -> None:
         self.shown: list[str] = []
+        self.calls: list[list[str]] = []
+        self.pictures_at_once = at_once
         self._fail_after, self._model = fail_after, model
 
-    def answer_many(self, image: Path, questions: Sequence[str], *, max_tokens: int = 16) -> list[Answer]:
+    def answer(self, image: None, question: str, *, max_tokens: int = 16) -> Answer:
+        assert image is None
+        return Answer("no picture", (1,), "stop", 1, 0)
+
+    def answer_many(self, image: bytes, questions: Sequence[str], *, max_tokens: int = 16) -> list[Answer]:
         if len(self.shown) == self._fail_after:
             raise KeyboardInterrupt
-        self.shown.append(image.name)
-        return [Answer(f" {image.name.upper()}", (1,), "stop", 1, 1) for _ in questions]
+        self.shown.append(image.decode())
+        return [Answer(f" {image.decode().upper()}", (1,), "stop", 1, 1) for _ in questions]
 
     def answer_pictures(
-        self, items: Iterable[tuple[Path, Sequence[str]]], *, max_tokens: int = 16
+        self, items: Iterable[tuple[bytes, Sequence[str]]], *, max_tokens: int = 16
     ) -> Iterator[list[Answer]]:
-        return (self.answer_many(image, questions, max_tokens=max_tokens) for image, questions in items)
+        listed = list(items)
+        self.calls.append([image.decode() for image, _ in listed])
+        return (self.answer_many(image, questions, max_tokens=max_tokens) for image, questions in listed)
 
     def environment(self) -> dict[str, Any]:
         return {"runtime": self.name, "bundle_sha256": self._model}
 
 
-def rows(pictures: int = 6, each: int = 3) -> list[Row]:
-    """Rows whose right answer is the picture's name."""
+def rows(pictures: int = 6, each: int = 3) -> list[Question]:
+    """Questions whose right answer is the picture's bytes."""
     return [
-        Row(
-            f"{p}-{k}", f"{p}.png", Path(f"/pictures/{p}.png"), f"question {k}?", f"{p}.png", ("a", "b", "c")[k], "easy"
+        Question(
+            id=f"{p}-{k}",
+            prompt=f"question {k}?",
+            pictures=(f"{p}.png".encode(),),
+            image=f"{p}.png",
+            expected=f"{p}.png",
+            kind=("a", "b", "c")[k],
+            facts={"tier": "easy"},
         )
         for p in range(pictures)
         for k in range(each)
@@ -71,12 +89,12 @@ def test_load_rows_splits_turns(tmp_path: Path) -> None:
         ],
     )
     got = load_rows(path, tmp_path)
-    assert [(r.id, r.question, r.expected, r.question_type, r.tier) for r in got] == [
+    assert [(r.id, r.prompt, r.expected, r.kind, r.facts.get("tier", "")) for r in got] == [
         ("r1", "what color?", "red", "color", "hard"),
         ("7", "what color?", "red", "", ""),
         ("7#1", "and the shape?", "circle", "", ""),
     ]
-    assert got[0].path == tmp_path / "a/b.png"
+    assert got[0].pictures == (tmp_path / "a/b.png",)
 
 
 @pytest.mark.parametrize(
@@ -106,17 +124,17 @@ def test_bad_rows_are_named(value: Any, says: str, tmp_path: Path) -> None:
 
 def test_not_json(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("nope")
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(DataError, match="not readable JSON"):
         load_rows(tmp_path / "d.json", tmp_path)
 
 
 def test_samples_are_nested_and_take_whole_pictures() -> None:
     all_rows = rows(10)
-    small, large = sample_rows(all_rows, 6), sample_rows(all_rows, 15)
+    small, large = sample_questions(all_rows, 6), sample_questions(all_rows, 15)
     assert len(small) == 6 and large[:6] == small
     assert len({row.image for row in small}) == 2
-    assert sample_rows(list(reversed(all_rows)), 6)[0].image == small[0].image  # the file's order does not matter
-    assert sample_rows(all_rows, None) == all_rows
+    assert sample_questions(list(reversed(all_rows)), 6)[0].image == small[0].image  # the file's order does not matter
+    assert sample_questions(all_rows, None) == all_rows
 
 
 def test_evaluate_asks_each_picture_once_and_scores_by_type() -> None:
@@ -163,16 +181,16 @@ def test_another_models_answers_are_not_mixed_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"question": "else?"}, {"expected": "x"}, {"image": "x.png"}, {"tier": "hard"}, {"id": "new"}]
+    "change", [{"prompt": "else?"}, {"expected": "x"}, {"image": "x.png"}, {"facts": {"tier": "hard"}}, {"id": "new"}]
 )
-def test_answers_to_other_questions_are_not_resumed(change: dict[str, str], tmp_path: Path) -> None:
+def test_answers_to_other_questions_are_not_resumed(change: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     evaluate(Scripted(), rows(2), out=out)
     with out.open("a") as handle:
         handle.write('{"schema": 1, "kind": "ans')
     before = out.read_bytes()
     other = rows(2)
-    other[0] = replace(other[0], **change)  # type: ignore[arg-type]
+    other[0] = replace(other[0], **change)
     with pytest.raises(DataError, match="holds answers to other questions"):
         evaluate(Scripted(), other, out=out)
     assert out.read_bytes() == before  # refused before anything is rewritten
@@ -217,3 +235,18 @@ def test_reference_and_edge_agree_on_real_answers(tiny_bundle: Path, tiny_checkp
     assert [run.runtime for run in runs] == ["reference", "edge"]
     assert all(record.given for run in runs for record in run.records)
     assert flips(runs[0].records, runs[1].records).changed == ()
+
+
+def test_a_picture_that_changed_is_not_passed_for_the_one_that_was_shown(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    evaluate(Scripted(), rows(2), out=out)
+    swapped = [replace(row, pictures=(b"another",)) if row.image == "1.png" else row for row in rows(2)]
+    with pytest.raises(DataError, match="1.png: the picture changed since 1-0 was answered"):
+        evaluate(Scripted(), swapped, out=out)
+
+
+def test_a_refused_file_says_what_differs(tmp_path: Path) -> None:
+    out = tmp_path / "r.jsonl"
+    evaluate(Scripted(), rows(2), out=out)
+    with pytest.raises(DataError, match=r"\(differs: bundle_sha256\)"):
+        evaluate(Scripted(model="m2"), rows(2), out=out)
