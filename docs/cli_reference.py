@@ -25,6 +25,9 @@ def render() -> str:
     for name, command in root.commands.items():
         inner = command.make_context(name, [], parent=context, resilient_parsing=True, terminal_width=WIDTH)
         parts += [f"## {name}", "", "```text", command.get_help(inner), "```", ""]
+        for word, part in getattr(command, "commands", {}).items():
+            deeper = part.make_context(word, [], parent=inner, resilient_parsing=True, terminal_width=WIDTH)
+            parts += [f"### {name} {word}", "", "```text", part.get_help(deeper), "```", ""]
     return "\n".join(line.rstrip() for line in "\n".join(parts).splitlines()) + "\n"
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,14 @@ def call(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]
     )
 
 
+def processor_seconds() -> float:
+    """What finished child processes have used; other programs on the machine don't count."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_imports_nothing_heavy() -> None:
-    """`--help` must not load what takes seconds; best of five on a noisy machine stays under 0.4 s."""
+    """`--help` must not load what takes seconds; the best of five takes under 0.4 s of processor time."""
     heavy = ["torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "numpy", "PIL", "matplotlib", "plotly"]
     code = (
         "import sys\nfrom tinyllava_edge.cli import app\n"
@@ -35,9 +41,9 @@ def test_help_imports_nothing_heavy() -> None:
     assert "demo" in done.stdout
     best = 9.0
     for _ in range(5):
-        start = time.perf_counter()
+        start = processor_seconds()
         assert call("--help").returncode == 0
-        best = min(best, time.perf_counter() - start)
+        best = min(best, processor_seconds() - start)
     assert best < 0.4
 
 
@@ -115,3 +121,28 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:
 def test_cli_reference_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, REPOSITORY / "docs" / "cli_reference.py", "--check"], timeout=60)
     assert done.returncode == 0
+
+
+def test_ctrl_c_that_a_library_turns_into_another_error() -> None:
+    """A `finally` that stumbles over the interrupt hides it; what the user did is still what is said."""
+    code = (
+        "import os, signal\n"
+        "from tinyllava_edge.cli_frame import guarded\n"
+        "from tinyllava_edge.errors import CheckpointError\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def library():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        saved = 1\n"
+        "    finally:\n"
+        "        print(saved)\n"
+        "def command():\n"
+        "    try:\n"
+        "        library()\n"
+        "    except Exception as error:\n"
+        "        raise CheckpointError('no model can be built', 'restore the file') from error\n"
+        "guarded(command)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: interrupted"), done.stderr
+    assert "CheckpointError" not in done.stderr and "Traceback" not in done.stderr and done.stdout == ""

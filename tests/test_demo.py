@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyllava_edge.bundle import open_bundle
+from tinyllava_edge.bundle import read_bundle
 from tinyllava_edge.demo import Size, run_demo
 from tinyllava_edge.errors import StorageError
 
@@ -53,7 +53,7 @@ def test_the_whole_road_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns == trained
     assert not any("stage 1" in line for line in said) and said[-1] == f"report: {out / 'report.html'}"
     assert summary == json.loads((out / "summary.json").read_text())
-    assert set(summary["builds"]) == set(open_bundle(out / "bundle").builds()) and len(summary["builds"]) == 6
+    assert set(summary["builds"]) == set(read_bundle(out / "bundle").builds()) and len(summary["builds"]) == 6
     for build in summary["builds"].values():
         assert set(KEYS) <= set(build)
         assert build["ttft_ms"] > 0 and build["peak_rss_bytes"] > 20e6 and build["bundle_bytes"] > 1e6

@@ -5,16 +5,19 @@ stdout is data, stderr is talk; `--json` prints one JSON document; exit codes: 0
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__
-from .errors import TinyLlavaEdgeError, UsageError
+from .cli_ablate import ablate
+from .cli_bench import bench
+from .cli_device import BundleArg, Json, Threads, run, serve
+from .cli_eval import compare, divergence, eval_app
+from .cli_frame import emit, run_app, talk
+from .errors import UsageError
+from .export.options import FIELDS, flag, help_text, names, shown_default
 
 app = typer.Typer(
     name="tinyllava-edge",
@@ -27,102 +30,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-EXTRAS = {
-    "torch": "train",
-    "transformers": "train",
-    "accelerate": "train",
-    "safetensors": "train",
-    "tokenizers": "train",
-    "onnx": "export",
-    "onnxscript": "export",
-    "gguf": "export",
-    "easy_vqa": "data",
-    "matplotlib": "report",
-    "onnxruntime": "cpu",
-}
-_TYPER_INTERRUPTED = 130  # typer swallows Ctrl-C and returns this
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output path.")]
-AllowUnverified = Annotated[
-    bool, typer.Option("--allow-unverified", help="Run a build without a `verified` stamp; results record it.")
-]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", min=1, help="CPU threads; all cores by default.")]
-BundleArg = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory written by `tinyllava-edge export`.")]
 
 
 def main() -> None:
-    """Entry point: run the app and turn every expected failure into one line, its hint, and an exit code."""
-    try:
-        code = app(standalone_mode=False)
-        if code == _TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
-    except TinyLlavaEdgeError as error:
-        fail(str(error), error.hint, error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        interrupted()
-    except MemoryError:
-        fail("out of memory", "close other programs, or choose a smaller build", 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        fail(f"this command needs the package {error.name}", f"pip install 'tinyllava-edge[{extra}]'", 1)
-    except OSError as error:
-        fail(
-            f"{error.filename or 'file'}: {error.strerror or error}", "check the path, its permissions and the disk", 1
-        )
-    except Exception as error:
-        usage_exit(error)
-
-
-def usage_exit(error: Exception) -> None:
-    """Typer's own usage errors print their usual text and exit with 2; anything else is a bug and is raised."""
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if show is None or code is None:
-        raise error
-    show()
-    sys.exit(code)
-
-
-def interrupted() -> None:
-    """Say so and leave at once: after Ctrl-C inside exec'd code Python would end itself by signal, not with a code."""
-    explain("interrupted; nothing was left half-written", "run the same command again to continue")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def fail(message: str, hint: str, code: int) -> None:
-    """Explain and leave."""
-    explain(message, hint)
-    sys.exit(code)
-
-
-def explain(message: str, hint: str) -> None:
-    """Print `error: …` and, after it, `hint: …` on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-
-
-def talk(message: str) -> None:
-    """One line of progress on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def emit(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def names(text: str) -> list[str]:
-    """Comma list → names, blanks dropped."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Entry point of `tinyllava-edge`."""
+    run_app(app)
 
 
 def version(value: bool) -> None:
@@ -198,33 +111,136 @@ def train(
     emit(result) if as_json else talk(f"checkpoint: {out}")
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Directory of a released model, or its Hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="Tokenizer files, where the model has none.")
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option("--vision", metavar="DIR", help="The tower's directory, where the model lacks its parts."),
+    ] = None,
+    llm: Annotated[
+        Path | None,
+        typer.Option(
+            "--llm", metavar="DIR", help="The language model's directory, where its configuration is missing."
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template", help="llama, phi, gemma, qwen2_base or qwen2_instruct, where the default is not the model's."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Label of the model; the directory's by default.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take a released TinyLLaVA: Factory, Factory LoRA, legacy or Hugging Face layout, found out from its contents."""
+    from .commands import import_source
+
+    value = import_source(
+        source, out, tokenizer=tokenizer, vision=vision, llm=llm, template=template, name=name, force=force, tell=talk
+    )
+    emit(value) if as_json else talk(f"checkpoint: {out} ({value['status']}, {value['layout']})")
+
+
+def option(name: str, *flags: str) -> Any:
+    """Flag of a field of ExportOptions, with the one help text that both export commands show."""
+    return typer.Option(
+        *(flags or (flag(name),)), metavar=FIELDS[name].metadata["metavar"] or None, help=help_text(name)
+    )
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to write.")],
-    llm: Annotated[str, typer.Option("--llm", help="Language-model types, comma list.")] = "f16,q8_0,q4_k_m",
-    vision: Annotated[str, typer.Option("--vision", help="Vision precisions, comma list.")] = "fp32,int8",
-    verify_after: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Verify every build against the checkpoint afterwards.")
-    ] = True,
+    llm: Annotated[str, option("llm")] = shown_default("llm"),
+    vision: Annotated[str, option("vision")] = shown_default("vision"),
+    mmproj: Annotated[str, option("mmproj")] = "",
+    web: Annotated[str, option("web")] = "",
+    static: Annotated[bool, option("static")] = False,
+    max_shard_size: Annotated[str | None, option("max_shard_size")] = None,
+    imatrix: Annotated[Path | None, option("imatrix")] = None,
+    tensor_types: Annotated[str, option("tensor_types")] = "",
+    clip_workaround: Annotated[bool, option("clip_workaround")] = False,
+    verify_after: Annotated[bool, option("verify", "--verify/--no-verify")] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into a bundle: preprocessing and vision ONNX, quantised GGUF, hashes; then verify it."""
-    from .commands import describe_bundle, print_verify
-    from .export.bundle_writer import export_bundle
+    from .commands import export_checkpoint
 
-    bundle = export_bundle(checkpoint, out, llm=names(llm), vision=names(vision), force=force, progress=talk)
-    report = None
-    if verify_after:
-        from .export.verify import verify as run_verify
-
-        report = run_verify(out, checkpoint, progress=talk)
-        print_verify(report)
-    value = describe_bundle(bundle)
+    values = {
+        "llm": llm,
+        "vision": vision,
+        "mmproj": mmproj,
+        "web": web,
+        "static": static,
+        "max_shard_size": max_shard_size,
+        "imatrix": imatrix,
+        "tensor_types": tensor_types,
+        "clip_workaround": clip_workaround,
+        "verify": verify_after,
+        "force": force,
+    }
+    value, passed = export_checkpoint(checkpoint, out, values, tell=talk)
     emit(value) if as_json else talk(f"bundle: {out} ({', '.join(value['builds'])})")
-    if report is not None and not report.passed:
+    if not passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def imatrix(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, in llama.cpp's GGUF form.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="LLaVA JSON to calibrate on; easy-VQA, for nano models, by default.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Directory of its pictures.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Most conversations to run.")] = 128,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Leave the pictures out, for comparison.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Collect an importance matrix over pictures and text: which inputs of the language model carry weight."""
+    from .commands import collect_imatrix
+
+    value = collect_imatrix(checkpoint, out, data, images, samples=samples, text_only=text_only, force=force, tell=talk)
+    talk(f"importance matrix: {out} ({value['samples']} conversations, {value['image_share']:.0%} image positions)")
+    if as_json:
+        emit(value)
+
+
+@app.command()
+def quantize(
+    bundle: BundleArg,
+    llm: Annotated[str, typer.Option("--llm", help="Types to add, comma list, e.g. iq4_xs,q3_k_m.")],
+    imatrix: Annotated[
+        Path | None, typer.Option("--imatrix", metavar="FILE", help="Written by `tinyllava-edge imatrix`.")
+    ] = None,
+    tensor_types: Annotated[str, option("tensor_types")] = "",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="New bundle; in place of the old one by default.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="CKPT", help="Where the weights come from if the bundle holds no float LLM."),
+    ] = None,
+    threads: Threads = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Add language-model types to a bundle. Files that stay keep their stamps; new builds want `verify`."""
+    from .commands import quantize_more
+
+    value = quantize_more(
+        bundle, names(llm), imatrix, tensor_types, out=out, checkpoint=against, threads=threads, force=force, tell=talk
+    )
+    emit(value) if as_json else talk(f"bundle: {value['path']} ({', '.join(value['builds'])})")
 
 
 @app.command()
@@ -249,103 +265,17 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def run(
-    bundle: BundleArg,
-    question: Annotated[str, typer.Argument(help="The question; `-` reads it from stdin.")],
-    image: Annotated[Path | None, typer.Option("--image", help="Picture to ask about.")] = None,
-    build: Annotated[
-        str | None, typer.Option("--build", help="Build, e.g. int8+q4_k_m; the most exact by default.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Longest answer in tokens.")] = 128,
-    n_ctx: Annotated[int | None, typer.Option("-c", "--ctx-size", min=8, help="Context length in tokens.")] = None,
-    threads: Threads = None,
-    allow_unverified: AllowUnverified = False,
-    as_json: Json = False,
-) -> None:
-    """Ask one question about a picture; the answer streams to stdout, timings go to stderr."""
-    from .commands import ask
-
-    text = sys.stdin.read() if question == "-" else question
-    result = ask(
-        bundle,
-        text,
-        image,
-        build=build,
-        max_tokens=max_tokens,
-        n_ctx=n_ctx,
-        threads=threads,
-        allow_unverified=allow_unverified,
-        stream=not as_json,
-    )
-    if as_json:
-        emit(result)
+app.command()(run)
+app.command()(serve)
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[
-        Path, typer.Argument(metavar="BUNDLE|CKPT", help="A bundle, or a checkpoint (reference runtime).")
-    ],
-    task: Annotated[str, typer.Option("--task", help="easy_vqa, or a LLaVA JSON file with answers.")] = "easy_vqa",
-    images: Annotated[Path | None, typer.Option("--images", help="Picture directory of a JSON task.")] = None,
-    build: Annotated[str, typer.Option("--build", help="Builds, comma list; all by default.")] = "",
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Score a fixed sample of so many questions.")
-    ] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Shuffle the pictures: the blind baseline.")] = False,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Per-sample JSON lines.")] = None,
-    allow_unverified: AllowUnverified = False,
-    as_json: Json = False,
-) -> None:
-    """Accuracy, overall and by question type, of a checkpoint or of any build of a bundle."""
-    from .commands import evaluate_model
-
-    result = evaluate_model(
-        model,
-        task,
-        images,
-        builds=names(build),
-        limit=limit,
-        blind=blind,
-        out=out,
-        allow_unverified=allow_unverified,
-        progress=talk,
-    )
-    if as_json:
-        emit(result)
+app.add_typer(eval_app, name="eval")
+app.command()(compare)
+app.command()(divergence)
+app.command()(ablate)
 
 
-@app.command()
-def bench(
-    bundle: BundleArg,
-    image: Annotated[
-        Path | None, typer.Option("--image", help="Picture to measure with; a built-in one by default.")
-    ] = None,
-    question: Annotated[str, typer.Option("--question", help="Question to measure with.")] = "what color is the shape?",
-    build: Annotated[str, typer.Option("--build", help="Builds, comma list; all by default.")] = "",
-    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="Measured answers per build.")] = 20,
-    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=1, help="Longest answer in tokens.")] = 16,
-    out: Annotated[Path, typer.Option("-o", "--out", help="results.jsonl to append to.")] = Path("results.jsonl"),
-    allow_unverified: AllowUnverified = False,
-    as_json: Json = False,
-) -> None:
-    """Stage latencies of every build, interleaved in one run, and peak memory in a fresh process each."""
-    from .commands import bench_bundle
-
-    result = bench_bundle(
-        bundle,
-        image,
-        question,
-        builds=names(build),
-        repetitions=repetitions,
-        max_tokens=max_tokens,
-        out=out,
-        allow_unverified=allow_unverified,
-        progress=talk,
-    )
-    if as_json:
-        emit(result)
+app.command()(bench)
 
 
 @app.command()
@@ -357,12 +287,62 @@ def report(
     images: Annotated[
         Path | None, typer.Option("--images", help="Pictures that were evaluated, to show flips.")
     ] = None,
+    budget: Annotated[
+        str, typer.Option("--budget", help="Decide for this budget: ttft=500ms,rss=1.2GB,size=900MB,total=2s,drop=0.5.")
+    ] = "",
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Results of another run, shown beside these with significance.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The measured scores beside the paper's and Factory's tables; .html or .md.")
+    ] = False,
 ) -> None:
-    """One self-contained HTML page: which build to ship, Pareto plots, flips, parity, environment."""
-    from .commands import write_report
+    """One self-contained HTML page: which build to ship, Pareto plots, flips, parity, environment.
 
-    write_report(results, out, images)
+    Several files are joined; two files that hold the same measurements are two runs, shown side by side.
+    """
+    if paper:
+        from .benchmarks.paper import write_paper_report
+
+        if budget or against or images:
+            raise UsageError("--paper stands alone", "drop --budget, --against and --images")
+        write_paper_report(results, out)
+    else:
+        from .benchmarks.out_file import without_companions
+        from .benchmarks.report_commands import write_report
+
+        talk(write_report(without_companions(results), out, images, budget=budget or None, against=against))
     talk(f"report: {out}")
+
+
+@app.command()
+def publish(
+    source: Annotated[Path, typer.Argument(metavar="CKPT|BUNDLE", help="What to publish.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write, ready to upload.")],
+    results: Annotated[
+        list[Path] | None, typer.Option("--results", help="results.jsonl whose figures the model card shows.")
+    ] = None,
+    base_model: Annotated[str, typer.Option("--base-model", help="Hub id of the model that this one comes from.")] = "",
+    licence: Annotated[str, typer.Option("--licence", help="SPDX name of the weights' licence.")] = "apache-2.0",
+    push: Annotated[
+        str, typer.Option("--push", metavar="OWNER/NAME", help="Upload afterwards; lists the files and asks first.")
+    ] = "",
+    public: Annotated[bool, typer.Option("--public", help="A new repository is public instead of private.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """A Hugging Face directory with a model card that carries the measured table; uploads only after asking."""
+    from .publish import push as upload
+    from .publish import write_hf_layout
+
+    write_hf_layout(source, out, results=results or (), base_model=base_model, licence=licence, force=force)
+    talk(f"model directory: {out}")
+    address = None
+    if push:
+        address = upload(out, push, confirm=lambda text: typer.confirm(text, err=True), private=not public)
+        talk(f"uploaded: {address}" if address else "nothing was uploaded")
+    if as_json:
+        emit({"directory": str(out), "uploaded": address})
 
 
 @app.command()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .bundle import MANIFEST, Bundle, open_bundle
-from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .benchmarks.tasks import EvalResult
-    from .runtimes.base import Answer, Runtime
+from .bundle import Bundle
+from .errors import StorageError, UsageError
 
 Progress = Callable[[str], None]
 
@@ -44,57 +40,122 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def ask(
-    bundle: Path,
-    question: str,
-    image: Path | None,
+def import_source(
+    source: str,
+    out: Path,
     *,
-    build: str | None,
-    max_tokens: int,
-    n_ctx: int | None,
-    threads: int | None,
-    allow_unverified: bool,
-    stream: bool,
+    tokenizer: Path | None,
+    vision: Path | None,
+    llm: Path | None,
+    template: str | None,
+    name: str | None,
+    force: bool,
+    tell: Progress,
 ) -> dict[str, Any]:
-    """Answer one question; with `stream` the text goes to stdout as it is decoded and the timings to stderr."""
-    from .runtimes.edge import open_edge
+    """Import a released model from a directory or the Hub."""
+    from .hub import local_model
+    from .importer.run import import_checkpoint
 
-    opened = open_bundle(bundle)
-    runtime = open_edge(opened, build, n_threads=threads, n_ctx=n_ctx, allow_unverified=allow_unverified)
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    try:
-        answer = runtime.answer(image, question, max_tokens=max_tokens, on_text=show if stream else None)
-    finally:
-        runtime.close()
-    if stream:
-        print(flush=True)
-        print(timing_line(answer, runtime.build), file=sys.stderr)
+    root = local_model(source)
+    label = name or (None if Path(source).is_dir() else source.rpartition("/")[2])  # the cache names it by a hash
+    result = import_checkpoint(
+        root,
+        out,
+        tokenizer=tokenizer,
+        vision=vision,
+        llm=llm,
+        template=template,
+        name=label,
+        force=force,
+        progress=tell,
+    )
+    for note in result.notes:
+        tell(f"note: {note}")
     return {
-        "answer": answer.text,
-        "build": runtime.build,
-        "verified": opened.is_verified(opened.build(runtime.build)),
-        "finish_reason": answer.finish_reason,
-        "n_prompt_tokens": answer.n_prompt_tokens,
-        "n_image_tokens": answer.n_image_tokens,
-        "n_generated_tokens": len(answer.token_ids),
-        "timings_ms": answer.timings.to_dict(),
-        "decode_tokens_per_s": answer.decode_tokens_per_s,
+        "status": result.status,
+        "checkpoint": str(result.out),
+        "layout": result.layout,
+        "bytes": result.bytes,
+        "model": result.spec.to_dict(),
+        "notes": list(result.notes),
     }
 
 
-def timing_line(answer: Answer, build: str) -> str:
-    """One line for people: where the time of an answer went."""
-    t = answer.timings
-    rate = answer.decode_tokens_per_s
-    return (
-        f"[{build}] load {t.load_ms:.0f} ms · first token after {t.ttft_ms:.1f} ms "
-        f"(decode image {t.decode_image_ms:.1f}, preprocess {t.preprocess_ms:.1f}, vision {t.vision_ms:.1f}, "
-        f"prefill {t.prefill_ms:.1f} for {answer.n_prompt_tokens} tokens, {answer.n_image_tokens} of them image)"
-        + (f" · {rate:.0f} tokens/s" if rate else "")
+def export_checkpoint(
+    root: Path, out: Path, values: Mapping[str, Any], *, tell: Progress
+) -> tuple[dict[str, Any], bool]:
+    """Export and, unless told not to, verify; returns the bundle's description and whether every build passed."""
+    from .export.options import read_options
+    from .export.run import run_export
+
+    bundle, report = run_export(root, out, read_options(values), progress=tell)
+    if report is not None:
+        print_verify(report)
+    return describe_bundle(bundle), report is None or report.passed
+
+
+def collect_imatrix(
+    checkpoint: Path,
+    out: Path,
+    data: Path | None,
+    images: Path | None,
+    *,
+    samples: int,
+    text_only: bool,
+    force: bool,
+    tell: Progress,
+) -> dict[str, Any]:
+    """Collect an importance matrix and write it."""
+    from .export.calibrate import calibration_rows, collect
+    from .export.imatrix import save_imatrix
+
+    if out.exists() and not force:
+        raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
+    if out.resolve().is_relative_to(checkpoint.resolve()):
+        raise UsageError(f"{out} lies in the checkpoint, whose hash it would change", "name another place with -o")
+    if images is not None and data is None:
+        raise UsageError(f"{images}: pictures without conversations", "name the LLaVA JSON with --data")
+    rows = calibration_rows(data, images, samples)
+    found = collect(checkpoint, rows, text_only=text_only, progress=tell)
+    saved = save_imatrix(found, out)
+    return {
+        "imatrix": str(out),
+        "sha256": saved.sha256,
+        "samples": saved.samples,
+        "image_share": saved.image_share,
+        "datasets": list(saved.datasets),
+    }
+
+
+def quantize_more(
+    bundle: Path,
+    types: Sequence[str],
+    imatrix: Path | None,
+    overrides: str,
+    *,
+    out: Path | None,
+    checkpoint: Path | None,
+    threads: int | None,
+    force: bool,
+    tell: Progress,
+) -> dict[str, Any]:
+    """Add language-model types to a bundle."""
+    from .export.imatrix import load_imatrix
+    from .export.options import tensor_types
+    from .export.requantize import quantize_bundle
+
+    made = quantize_bundle(
+        bundle,
+        types,
+        imatrix=None if imatrix is None else load_imatrix(imatrix),
+        overrides=dict(tensor_types(overrides)),
+        out=out,
+        checkpoint=checkpoint,
+        n_threads=threads,
+        force=force,
+        progress=tell,
     )
+    return describe_bundle(made)
 
 
 def train_stage(
@@ -131,170 +192,10 @@ def train_stage(
     return train(checkpoint, chosen, data, images, out, max_bad=max_bad_rows, force=force).to_dict()
 
 
-def evaluate_model(
-    model: Path,
-    task: str,
-    images: Path | None,
-    *,
-    builds: Sequence[str],
-    limit: int | None,
-    blind: bool,
-    out: Path | None,
-    allow_unverified: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Score a checkpoint, or builds of a bundle, on easy-VQA or on a LLaVA JSON file; prints one line each."""
-    import tempfile
-
-    from .benchmarks.tasks import evaluate, load_rows
-
-    wanted = build_names(model, builds)
-    alone = len(wanted) < 2
-    with tempfile.TemporaryDirectory() as scratch:
-        if task == "easy_vqa":
-            from .data.easy_vqa import convert
-
-            paths = convert(scratch)
-            rows = load_rows(paths.test_qa, paths.images)
-        else:
-            if images is None:
-                raise UsageError(f"--task {task} needs --images", "name the directory that its image paths start from")
-            rows = load_rows(Path(task), images)
-        results = {}
-        for name, runtime in open_runtimes(model, wanted, allow_unverified):
-            path = None if out is None else out if alone else out.parent / f"{out.stem}-{name}{out.suffix}"
-            try:
-                result = evaluate(
-                    runtime, rows, shuffle_pictures_seed=0 if blind else None, limit=limit, out=path, progress=progress
-                )
-            finally:
-                runtime.close()
-            results[name] = eval_to_dict(result)
-            progress(eval_line(name, result))
-    return {"task": task, "model": str(model), "results": results}
-
-
-def build_names(model: Path, builds: Sequence[str]) -> list[str]:
-    """The builds to run: those asked for, or all of a bundle's; none for a checkpoint."""
-    if not (model / MANIFEST).is_file():
-        if builds:
-            raise UsageError(f"{model} is no bundle, so it has no builds", "drop --build, or name a bundle")
-        return []
-    bundle = open_bundle(model)
-    return [bundle.build(name).name for name in builds or bundle.builds()]
-
-
-def open_runtimes(model: Path, builds: Sequence[str], allow_unverified: bool) -> Iterator[tuple[str, Runtime]]:
-    """Runtimes of a bundle's builds, one at a time, or the reference runtime of a checkpoint."""
-    if not builds:
-        from .runtimes.reference import open_reference
-
-        reference = open_reference(model)
-        yield f"reference-{reference.build}", reference
-        return
-    from .runtimes.edge import open_edge
-
-    bundle = open_bundle(model)
-    for name in builds:
-        yield name, open_edge(bundle, name, allow_unverified=allow_unverified)
-
-
-def eval_to_dict(result: EvalResult) -> dict[str, Any]:
-    """Scores as JSON values, each with its 95 % interval."""
-
-    def interval(value: Any) -> dict[str, float]:
-        return {"accuracy": value.estimate, "low": value.low, "high": value.high}
-
-    return {
-        "n": len(result.records),
-        "pictures": result.stage,
-        **interval(result.accuracy),
-        "by_type": {name: interval(value) for name, value in result.by_type.items()},
-        "by_tier": {name: interval(value) for name, value in result.by_tier.items()},
-    }
-
-
-def eval_line(name: str, result: EvalResult) -> str:
-    """One line for people."""
-    score = result.accuracy
-    parts = {**result.by_type, **result.by_tier}
-    detail = ", ".join(f"{key} {value.estimate:.1%}" for key, value in parts.items())
-    return f"{name}: {score.estimate:.2%} of {len(result.records):,} ({result.stage})" + (
-        f" · {detail}" if detail else ""
-    )
-
-
 def print_verify(report: Any) -> None:
     """The parity table of a verify report on stderr."""
     for line in report.lines():
         print(line, file=sys.stderr)
-
-
-def bench_bundle(
-    bundle: Path,
-    image: Path | None,
-    question: str,
-    *,
-    builds: Sequence[str],
-    repetitions: int,
-    max_tokens: int,
-    out: Path,
-    allow_unverified: bool,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Measure builds, append the raw samples to `out` and return the medians."""
-    import tempfile
-
-    from .benchmarks.latency import bench
-    from .benchmarks.results import read_results, write_results
-    from .benchmarks.summary import summarise
-
-    opened = open_bundle(bundle)
-    for name in builds or opened.builds():
-        opened.require_verified(opened.build(name), allow_unverified)
-    with tempfile.TemporaryDirectory() as scratch:
-        picture = image or sample_picture(Path(scratch))
-        before = read_results([out]) if out.is_file() else []  # a damaged file is said before minutes of measuring
-        samples = bench(
-            bundle,
-            list(builds) or None,
-            picture=picture,
-            question=question,
-            repetitions=repetitions,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-    write_results(out, [*before, *samples])
-    return {
-        summary.build: {
-            "ttft_ms": summary.ttft.estimate if summary.ttft else None,
-            "stages_ms": dict(summary.stages),
-            "memory_bytes": dict(summary.memory),
-            "bytes": summary.bytes,
-        }
-        for summary in summarise(samples).builds
-    }
-
-
-def sample_picture(directory: Path) -> Path:
-    """A generated scene as a PNG, for measuring when the user names no picture."""
-    from .data.scenes import render
-
-    path = directory / "scene.png"
-    render(seed=0).image.save(path)
-    return path
-
-
-def write_report(results: Sequence[Path], out: Path, images: Path | None) -> None:
-    """Draw report.html, its table as Markdown and its plots as PNG from results files."""
-    from .benchmarks.report import render_report
-    from .benchmarks.results import read_results
-
-    if out.suffix != ".html":
-        raise UsageError(f"{out} is no HTML file's name", "name a file that ends in .html; .md and .png go beside it")
-    render_report(
-        read_results(list(results)), out, images=images, markdown=out.with_suffix(".md"), png=out.with_suffix(".png")
-    )
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

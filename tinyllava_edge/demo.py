@@ -300,15 +300,16 @@ def _verify(paths: Paths, progress: Progress) -> None:
 
 def _eval(paths: Paths, size: Size, progress: Progress) -> None:
     """The reference answers every test question once; builds answer a fixed sample of them, and all scenes."""
-    from .benchmarks.tasks import evaluate, load_rows, sample_rows
-    from .bundle import open_bundle
+    from .benchmarks.evaluation import evaluate, sample_questions
+    from .benchmarks.tasks.llava_json import load_rows
+    from .bundle import read_bundle
     from .runtimes.edge import open_edge
     from .runtimes.reference import open_reference
 
     images = paths.data / "images"
-    questions = sample_rows(load_rows(paths.data / "test_qa.json", images), size.reference_questions)
+    questions = sample_questions(load_rows(paths.data / "test_qa.json", images), size.reference_questions)
     scenes = load_rows(paths.data / "eval.json", images)
-    asked = [*sample_rows(questions, size.build_questions), *scenes]
+    asked = [*sample_questions(questions, size.build_questions), *scenes]
     reference = open_reference(paths.checkpoint)
     try:
         every = evaluate(reference, [*questions, *scenes], progress=progress)
@@ -319,7 +320,7 @@ def _eval(paths: Paths, size: Size, progress: Progress) -> None:
     wanted = {row.id for row in asked}
     same = replace(every, records=tuple(record for record in every.records if record.id in wanted))
     samples = [*same.samples(), *blind.samples()]
-    for name in open_bundle(paths.bundle).builds():
+    for name in read_bundle(paths.bundle).builds():
         runtime = open_edge(paths.bundle, name, allow_unverified=True)
         try:
             samples += evaluate(runtime, asked, progress=progress).samples()
@@ -352,8 +353,8 @@ def _report(paths: Paths, size: Size) -> None:
 
 def summarise_demo(samples: Sequence[Sample], reference: Iterable[Sample]) -> dict[str, Any]:
     """summary.json: one entry per build, the reference on all test questions, the blind baseline."""
+    from .benchmarks.evaluation import accuracy
     from .benchmarks.summary import headline, summarise
-    from .benchmarks.tasks import accuracy
 
     found, whole = summarise(samples), summarise(list(reference)).reference
     if found.reference is None or found.reference.accuracy is None or whole is None or whole.accuracy is None:

@@ -10,7 +10,10 @@ TinyLlavaEdgeError          exit code 1; str() is one line, `hint` is the next s
 ├── BundleError             a bundle that is missing files, was changed, or is not ours
 │   └── UnverifiedError     a build that carries no `verified` stamp
 ├── EngineError             ONNX Runtime or llama.cpp refused
-│   └── ContextError        the prompt does not fit in n_ctx
+│   ├── ContextError        the prompt does not fit in n_ctx
+│   ├── MemoryLimitError    a build needs more memory than this process may have
+│   ├── QueueFullError      too many requests wait for one engine
+│   └── CancelledError      somebody cancelled the request
 ├── VerifyError             a bundle that diverges from its checkpoint
 └── StorageError            the disk is full or a target may not be overwritten
 """
@@ -69,6 +72,18 @@ class EngineError(TinyLlavaEdgeError):
 
 class ContextError(EngineError):
     """The prompt does not fit in the context."""
+
+
+class MemoryLimitError(EngineError):
+    """A build needs more memory than this process may have."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait for one engine."""
+
+
+class CancelledError(EngineError):
+    """The request was cancelled."""
 
 
 class VerifyError(TinyLlavaEdgeError):

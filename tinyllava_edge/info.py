@@ -10,14 +10,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .bundle import MANIFEST, open_bundle
-from .errors import BundleError, CheckpointError, UsageError
+from .bundle import MANIFEST, read_bundle
+from .errors import BundleError, CheckpointError, DependencyError, UsageError
 from .spec import LLM_BACKBONES, NANO_VARIANTS, VARIANTS, VISION_BACKBONES, model_spec
 
 PACKAGES = {
     "device": ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "llama-cpp-python"),
     "train": ("torch", "transformers", "accelerate", "safetensors", "easy-vqa"),
-    "export": ("onnx", "onnxscript", "gguf"),
+    "export": ("onnx", "onnxscript", "onnx-ir", "ml-dtypes", "gguf"),
+    "decoder": ("onnxruntime-genai",),
+    "optimum": ("optimum",),
+    "grammar": ("llguidance",),
+    "serve": ("uvicorn", "h11", "prometheus-client"),
     "report": ("matplotlib",),
 }
 
@@ -80,16 +84,40 @@ def print_variants(rows: list[dict[str, Any]]) -> None:
 
 
 def doctor() -> dict[str, Any]:
-    """This machine, the installed packages by extra, and problems with the line that mends each."""
+    """This machine, the installed packages by extra, both engines and their devices, problems with what mends each."""
     installed = {extra: {name: _version(name) for name in packages} for extra, packages in PACKAGES.items()}
+    found = problems(installed["device"])
+    engines, broken = engine_facts()
     return {
         "tinyllava_edge": _version("tinyllava-edge"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "installed": installed,
-        "problems": problems(installed["device"]),
+        "engines": engines,
+        "problems": [*found, *broken],
     }
+
+
+def engine_facts() -> tuple[dict[str, Any], list[str]]:
+    """What ONNX Runtime and llama.cpp say of themselves, and what stops them; a GPU is tried, not believed."""
+    try:
+        from .runtimes.devices import MEND_LLAMA, machine_facts
+        from .runtimes.providers import CUDA, MEND_CUDA, cuda_problem
+
+        facts = machine_facts()
+    except (DependencyError, ModuleNotFoundError):
+        return {}, []  # `problems` names what isn't installed
+    except Exception as error:  # a library that is there and can't be loaded
+        return {}, [f"an engine can't be loaded: {' '.join(str(error).split())[:300]}. Mend: install it again"]
+    broken = []
+    listed = CUDA in facts["onnxruntime_providers"]
+    facts["onnxruntime_cuda"] = problem = cuda_problem() or "works"
+    if listed and problem != "works":
+        broken.append(f"{problem}. Mend: {MEND_CUDA}, and the NVIDIA driver")
+    if problem == "works" and not facts["llama_cpp_gpu_offload"]:
+        broken.append(f"llama.cpp was built without a GPU back end. Mend: {MEND_LLAMA}")
+    return facts, broken
 
 
 def problems(device: dict[str, str | None]) -> list[str]:
@@ -113,7 +141,7 @@ def describe_path(path: Path) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         from .commands import describe_bundle
 
-        bundle = open_bundle(path)
+        bundle = read_bundle(path)
         found: list[str] = []
         try:
             bundle.check()
