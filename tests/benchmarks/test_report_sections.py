@@ -13,7 +13,7 @@ import pytest
 
 from tinyllava_edge.benchmarks import report, report_draw, report_machine, report_plots, report_tables, report_time
 from tinyllava_edge.benchmarks.model_card import model_card_section
-from tinyllava_edge.benchmarks.quant_map import bits, quantisation_map
+from tinyllava_edge.benchmarks.quant_map import bits, quantisation_map, tensor_grids
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.benchmarks.summary import Summary, summarise
 from tinyllava_edge.errors import DataError
@@ -268,6 +268,37 @@ def test_quantisation_map(samples: list[Sample]) -> None:
     assert [bits(name) for name in ("int64", "bool", "", "<b>", "q" * 99, "int32", "double")] == [0, 0, 0, 0, 0, 0, 64]
     odd = {"files": [None, 3, {"role": "llm", "precision": "f16", "tensor_types": {"F16": -1, "x": "y", "z": True}}]}
     assert quantisation_map([Sample("bundle", detail=odd), Sample("bundle", detail={"files": 7})], ["int8+f16"]) == []
+
+
+def test_grid_of_tensors() -> None:
+    """Tensors by kind and layer; what belongs to no layer beside them; names of another machine are bounded."""
+    tensors = {
+        "q4_k": ["blk.0.attn_v.weight", "blk.10.attn_q.weight", "token_embd.weight"],
+        "q6_k": ["blk.10.attn_v.weight", "output.weight"],
+        "f32": ["blk.0.attn_norm.weight"],
+    }
+    file = {"role": "llm", "precision": "q4_k_m", "path": "llm.gguf", "tensor_types": {"q4_k": 3}, "tensors": tensors}
+    line = Sample("bundle", detail={"files": [file]})
+    (grid,) = tensor_grids([line], ["fp32+q4_k_m", "int8+q4_k_m"])
+    assert grid.layers == (0, 10) and [name for name, _ in grid.kinds] == [
+        "attn_norm.weight",
+        "attn_q.weight",
+        "attn_v.weight",
+    ]
+    assert [[cell and (cell.type, cell.shade) for cell in cells] for _, cells in grid.kinds] == [
+        [("f32", "b32"), None],
+        [None, ("q4_k", "b4")],
+        [("q4_k", "b4"), ("q6_k", "b6")],
+    ]
+    assert [(name, cell.type) for name, cell in grid.others] == [
+        ("output.weight", "q6_k"),
+        ("token_embd.weight", "q4_k"),
+    ]
+    (row,) = quantisation_map([line], ["int8+q4_k_m"])
+    assert {s.type: s.count for s in row.parts[0].segments} == {"q4_k": 3, "q6_k": 2, "f32": 1}
+    assert bits("w4") == 4 and bits("w8") == 8
+    for odd in (7, {"f32": 7}, {"f32": [7, "", "x" * 201]}, {"f32": [f"t{n}" for n in range(20_001)]}):
+        assert tensor_grids([Sample("bundle", detail={"files": [{**file, "tensors": odd}]})], ["int8+q4_k_m"]) == []
 
 
 def test_commands_and_pages_of_little(two: list[Sample], text: str) -> None:

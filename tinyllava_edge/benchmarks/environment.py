@@ -22,6 +22,7 @@ from tinyllava_edge.benchmarks.work import bundle_work
 from tinyllava_edge.bundle import Bundle
 from tinyllava_edge.errors import BundleError
 from tinyllava_edge.runtimes.base import Runtime
+from tinyllava_edge.runtimes.tensor_table import tensor_table
 
 FLAGS = (
     *(
@@ -70,7 +71,7 @@ def environment_sample(environment: Mapping[str, Any], target: str = "cpu") -> S
 
 
 def bundle_sample(bundle: Bundle, environment_id: str) -> Sample:
-    """The `bundle` line: hashes, sizes and tensor types of every file, and each build's work (see work.py)."""
+    """The `bundle` line: hashes, sizes and the type of every tensor of every file, and each build's work (work.py)."""
     files = [
         {
             "path": file.path,
@@ -79,6 +80,7 @@ def bundle_sample(bundle: Bundle, environment_id: str) -> Sample:
             "sha256": file.sha256,
             "bytes": file.bytes,
             "tensor_types": dict(file.tensor_types),
+            "tensors": _tensors(bundle.path(file)) if file.role in ("vision", "llm") else {},
         }
         for file in bundle.files
     ]
@@ -210,6 +212,17 @@ def _memory_bytes() -> int | None:
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _tensors(path: Path) -> dict[str, list[str]]:
+    """Type → names of the weights kept in it; nothing where a file is missing or damaged."""
+    kept: dict[str, list[str]] = {}
+    try:
+        for name, kind in tensor_table(path).items():
+            kept.setdefault(kind, []).append(name)
+    except BundleError:
+        return {}
+    return kept
 
 
 def _work(bundle: Bundle) -> dict[str, Any]:

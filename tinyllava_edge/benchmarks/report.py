@@ -15,7 +15,7 @@ from tinyllava_edge.benchmarks import report_tables as tables
 from tinyllava_edge.benchmarks import report_time as timing
 from tinyllava_edge.benchmarks.decision import Budget
 from tinyllava_edge.benchmarks.evaluation import accuracy
-from tinyllava_edge.benchmarks.quant_map import quantisation_map
+from tinyllava_edge.benchmarks.quant_map import quantisation_map, tensor_grids
 from tinyllava_edge.benchmarks.report_flips import MAX_FLIPS, gallery
 from tinyllava_edge.benchmarks.report_tables import markdown_table
 from tinyllava_edge.benchmarks.results import Sample
@@ -99,6 +99,7 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
         max_flips=MAX_FLIPS,
         parity=_parity(summary),
         quantisation=quantisation_map(samples, [row.build for row in summary.builds]),
+        tensors=tensor_grids(samples, [row.build for row in summary.builds]),
         bundles=bundles,
         machines=machine.machines(samples),
         conditions=machine.conditions(samples),

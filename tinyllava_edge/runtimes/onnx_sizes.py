@@ -49,6 +49,16 @@ def onnx_sizes(path: Path) -> OnnxSizes:
             raise BundleError(f"{path}: truncated or not an ONNX file ({error})", AGAIN) from error
 
 
+def initializers(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """Name, TensorProto.DataType and number of elements of each initialiser. Raises Damaged or IndexError."""
+    for field, start, end in _children(data, 0, len(data)):
+        if field == _GRAPH:
+            for inner, first, last in _children(data, start, end):
+                if inner == _INITIALIZER:
+                    name, kind, size, _ = _tensor(data, first, last)
+                    yield name, kind, size // _BYTES.get(kind, 1)
+
+
 def _sizes(data: mmap.mmap) -> OnnxSizes:
     tensors: dict[str, tuple[int, int]] = {}  # name → kind, bytes
     values: dict[str, int] = {}
