@@ -35,7 +35,7 @@ def score_samples(
         runtime, build, stage, environment_id: as on the answers' lines.
         model: name of the model, for tables that set models side by side.
     """
-    common = {"protocol": task.protocol, "n": len(records), "model": model}
+    common = {"protocol": task.protocol, "model": model}
     judges = sorted({str(record.facts["judge"]) for record in records if "judge" in record.facts})
     if judges:
         common |= {"judge": ", ".join(judges)}
@@ -50,7 +50,11 @@ def score_samples(
             task.units.get(name.rpartition("/")[2], task.unit),
             0,
             environment_id,
-            detail={**common, "headline": name == task.headline and stage == PICTURE},
+            detail={
+                **common,
+                "n": sum(task.rests_on(name, record) for record in records),
+                "headline": name == task.headline and stage == PICTURE,
+            },
         )
         for name, value in metrics_of(task, records).items()
     ]

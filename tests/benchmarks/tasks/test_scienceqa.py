@@ -13,6 +13,7 @@ from PIL import Image
 
 from tinyllava_edge.benchmarks.answer_files import read_answers, write_answers
 from tinyllava_edge.benchmarks.evaluation import record_of
+from tinyllava_edge.benchmarks.scoring import score_samples
 from tinyllava_edge.benchmarks.tasks.scienceqa import FAILED, LENIENT, LETTERS, TASK, index_of, parse, parse_lenient
 from tinyllava_edge.errors import DataError
 
@@ -150,6 +151,15 @@ def test_slices_by_hand(tmp_path: Path) -> None:
     assert TASK.submission is not None
     written = json.loads(TASK.submission(records, tmp_path / "run.submission").read_text())
     assert written["results"] == {"4": 1, "9": -1, "11": 1, "12": -1} and written["correct"] == 2
+
+
+def test_a_figure_states_the_questions_that_it_rests_on(tmp_path: Path) -> None:
+    questions = TASK.load(write_set(tmp_path))
+    records = [record_of(TASK, question, "A") for question in questions]
+    lines = score_samples(TASK, records, "edge", "b", "picture", "e", "m")
+    counts = {line.stage.partition("/")[2]: line.detail["n"] for line in lines}
+    assert (counts["img_accuracy"], counts["accuracy"], counts["context/image"]) == (3, 4, 3)
+    assert counts["grade/1-6"] + counts["grade/7-12"] == 4
 
 
 def test_answer_file_comes_back_with_the_marker(tmp_path: Path) -> None:

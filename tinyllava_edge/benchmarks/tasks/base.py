@@ -141,6 +141,8 @@ class Task:
     """of the headline: `%`, or `points`"""
     units: Mapping[str, str] = field(default_factory=dict)
     """last part of a figure's name → its unit, where that is another one"""
+    rests_on: Callable[[str, AnswerRecord], bool] = lambda figure, record: True
+    """whether a figure counts this record, which is what its `n` is made of"""
 
 
 def mean(values: Sequence[float]) -> float:

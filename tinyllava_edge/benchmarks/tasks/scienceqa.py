@@ -53,6 +53,9 @@ _SLICES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 
+_FIGURES = {"img_accuracy": _SLICES["context/image"], "accuracy": lambda facts: True, **_SLICES}
+
+
 def parse(answer: str) -> str:
     """The letter that eval_science_qa.py reads, or `FAILED`.
 
@@ -95,9 +98,8 @@ def metrics(records: Sequence[AnswerRecord]) -> dict[str, float]:
     The slices are those of ScienceQA's evaluate_acc.py; one without questions is left out.
     """
     marked = [record for record in records if record.score is not None]
-    rules = {"img_accuracy": _SLICES["context/image"], "accuracy": lambda facts: True, **_SLICES}
     found = {}
-    for name, belongs in rules.items():
+    for name, belongs in _FIGURES.items():
         values = [record.score for record in marked if belongs(record.facts)]
         if values:
             found[name] = round(sum(value or 0.0 for value in values) / len(values) * 100, 2)
@@ -228,6 +230,7 @@ TASK = Task(
     metrics=metrics,
     question_line=_question_line,
     submission=submission,
+    rests_on=lambda figure, record: _FIGURES[figure](record.facts),
 )
 
 LENIENT = replace(
