@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format docs clean
+.PHONY: demo test check format docs web web-packages web-build clean
 
 demo: $(READY)  ## the whole road on the embedded default; ends by naming demo/report.html
 	$(BIN)/tinyllava-edge demo
@@ -25,6 +25,15 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/cli_reference.py
 
+# versions are pinned by package-lock.json; no script of a package is run
+web: web-packages web-build  ## the page that runs bundles in a browser, in runtimes/web/dist; needs Node.js 18 or newer
+
+web-packages:
+	cd runtimes/web && npm ci --ignore-scripts
+
+web-build:
+	cd runtimes/web && npm run build
+
 # torch first: with it in place no other package can pull another build of it.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,4 +43,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache runtimes/web/node_modules runtimes/web/dist

@@ -1,4 +1,6 @@
-"""Publish a demo's measurements: raw samples into results/, and the figures of RESULTS.md and README.md made from them.
+"""Publish measurements: a demo's raw samples into results/, and the figures of the documents made from what is stored.
+
+Written are RESULTS.md and RUNTIME.md whole, and the marked parts of EVALUATION.md and README.md.
 
 python benchmarks/publish.py DEMO_DIRECTORY    # store a finished demo's raw samples, then write the figures
 python benchmarks/publish.py                   # write the figures anew from what is stored
@@ -16,16 +18,27 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from tinyllava_edge.benchmarks.report import markdown_table
+from tinyllava_edge.benchmarks.report_tables import legend, markdown_table
 from tinyllava_edge.benchmarks.results import Sample, read_results
 from tinyllava_edge.benchmarks.summary import summarise
+from tinyllava_edge.benchmarks.summary_types import Summary
 from tinyllava_edge.demo import Paths, summarise_demo
 
 HERE = Path(__file__).parent
-RESULTS, README = HERE / "RESULTS.md", HERE.parent / "README.md"
+sys.path.insert(0, str(HERE))
+
+import eval_throughput  # noqa: E402
+import runtime_report  # noqa: E402
+
+RESULTS, README, EVALUATION, RUNTIME = (
+    HERE / "RESULTS.md",
+    HERE.parent / "README.md",
+    HERE / "EVALUATION.md",
+    HERE / "RUNTIME.md",
+)
 NAME = "nano-x86"
 STORED = {"results.jsonl": f"{NAME}.jsonl.gz", "reference.jsonl": f"{NAME}-reference.jsonl.gz"}
-BEGIN, END = "<!-- figures: python benchmarks/publish.py -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- {}: python benchmarks/publish.py -->", "<!-- end of {} -->"
 
 
 def store(demo: Path) -> None:
@@ -59,14 +72,60 @@ def documents() -> dict[Path, str]:
     steps = json.loads((HERE / "results" / f"{NAME}-steps.json").read_text(encoding="utf-8"))
     machines = [sample.detail for sample in samples["results.jsonl"] if sample.kind == "environment"]
     machine = machines[-1].get("cpu", {})
-    page = README.read_text(encoding="utf-8")
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    throughput = json.loads((HERE / "results" / "eval-throughput.json").read_text(encoding="utf-8"))
+    stored_runtime = (HERE / "results" / "runtime-x86.jsonl").read_text(encoding="utf-8")
+    runtime = [json.loads(line) for line in stored_runtime.splitlines()]
+    figures = f"{readme_block(summary, steps, machine)}\n{fill(throughput_text(throughput))}"
+    page = between(README, README.read_text(encoding="utf-8"), "figures", figures)
+    return {
+        README: between(README, page, "runtime", fill(runtime_text(runtime))),
+        RESULTS: results_text(summary, steps, machine, summarise(samples["results.jsonl"])),
+        EVALUATION: between(
+            EVALUATION, EVALUATION.read_text(encoding="utf-8"), "throughput", eval_throughput.table(throughput)
+        ),
+        RUNTIME: runtime_report.report(runtime),
+    }
+
+
+def between(path: Path, page: str, name: str, text: str) -> str:
+    """A page with the text between a part's marks replaced. Exits where the marks are gone."""
+    first, last = BEGIN.format(name), END.format(name)
+    head, begin, rest = page.partition(first)
+    _, end, tail = rest.partition(last)
     if not (begin and end):
-        sys.exit(f"{README}: the marks around the figures are gone")
-    block = readme_block(summary, steps, machine)
-    table = markdown_table(summarise(samples["results.jsonl"]))
-    return {README: f"{head}{BEGIN}\n{block}{END}{tail}", RESULTS: results_text(summary, steps, machine, table)}
+        sys.exit(f"{path}: the marks around {name} are gone")
+    return f"{head}{first}\n{text}{last}{tail}"
+
+
+def fill(text: str) -> str:
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+
+
+def throughput_text(found: dict[str, Any]) -> str:
+    """What evaluating costs, in a sentence."""
+    return f"{eval_throughput.sentence(found)} [benchmarks/EVALUATION.md](benchmarks/EVALUATION.md) has the table."
+
+
+def runtime_text(samples: list[dict[str, Any]]) -> str:
+    """How fast the runtime is beside llama.cpp's, in sentences."""
+    found = runtime_report.targets(samples)
+
+    def span(what: str) -> str:
+        values = sorted({f"{target.value:.2f}" for target in found if target.what == what})
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+    pairs = [target for target in found if target.what == "TTFT, ours / mtmd"]
+    models, counts = {target.model for target in pairs}, min(target.n for target in pairs)
+    bare, cached = span("TTFT, ours without any cache / mtmd"), span("TTFT, ours / mtmd")
+    return (
+        f"On two x86 cores without VNNI, beside llama.cpp's own multimodal code on {len(models)} models, {counts} "
+        f"repetitions each: a new picture takes {bare} x its time to the first token without any cache of ours, "
+        f"{cached} x with the system prompt's prefix cached, which its side does not do (vision alone "
+        f"{span('vision, ours / mtmd')} x); a second question on a picture takes "
+        f"{span('second question / first, TTFT')} x the time of the first one. "
+        "[benchmarks/RUNTIME.md](benchmarks/RUNTIME.md) has the tables."
+    )
 
 
 def readme_block(summary: dict[str, Any], steps: dict[str, Any], machine: dict[str, Any]) -> str:
@@ -90,10 +149,10 @@ def readme_block(summary: dict[str, Any], steps: dict[str, Any], machine: dict[s
         f"{chosen['flips']} answers differ, and {chosen['flips_tiers']} on the generated scenes' graded questions, "
         f"which show where such a model ends: {weak}."
     )
-    return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False) + "\n"
+    return fill(text)
 
 
-def results_text(summary: dict[str, Any], steps: dict[str, Any], machine: dict[str, Any], table: str) -> str:
+def results_text(summary: dict[str, Any], steps: dict[str, Any], machine: dict[str, Any], found: Summary) -> str:
     """RESULTS.md."""
     reference = summary["reference"]
     tiers = list(reference["by_tier"])
@@ -104,11 +163,14 @@ def results_text(summary: dict[str, Any], steps: dict[str, Any], machine: dict[s
         "",
         "Generated by `python benchmarks/publish.py` from the raw samples of one `tinyllava-edge demo`,",
         f"`results/{NAME}.jsonl.gz`; a test fails when this page and they differ.",
-        f"Machine: {machine.get('model', 'unknown')}, shared and noisy: ratios are what lasts.",
+        f"Machine: {machine.get('model', 'unknown')}, shared and noisy: the ratio column lasts longer than the "
+        "milliseconds.",
         "",
         "![Accuracy against time, size and memory](../docs/pareto.png)",
         "",
-        table.rstrip(),
+        markdown_table(found).rstrip(),
+        "",
+        *(f"- {sentence}" for sentence in legend(found)),
         "",
         f"The table's accuracy is over {asked:,} of easy-VQA's test questions, the same ones for every row.",
         f"On all {reference['n']:,} the reference answers {reference['accuracy']:.2%} ({types});",

@@ -25,7 +25,7 @@ class Target:
     model: str
     """bundle"""
     value: float
-    """ratio of medians, or a median"""
+    """median ratio of a repetition, or a median"""
     low: float
     """lowest of the repetitions"""
     high: float
@@ -34,6 +34,8 @@ class Target:
     """the target"""
     at_most: bool
     """whether less is better"""
+    n: int = 1
+    """pairs or repetitions that it rests on"""
 
     @property
     def met(self) -> bool:
@@ -52,14 +54,12 @@ def values(samples: Samples, key: str) -> list[float]:
 
 
 def ratio(what: str, aim: float, at_most: bool, ours: Samples, theirs: Samples, key: str) -> Target | None:
-    """Median over median; lowest and highest are of pairs of the same repetition. None without both."""
-    mine, others = values(ours, key), values(theirs, key)
-    if not mine or not others:
-        return None
-    value = statistics.median(mine) / statistics.median(others)
+    """Median, lowest and highest ratio of pairs of the same repetition. None without a pair."""
     by = {s["repetition"]: s[key] for s in theirs if s.get(key) is not None}
     pairs = [s[key] / by[s["repetition"]] for s in ours if s["repetition"] in by and s.get(key) is not None]
-    return Target(what, ours[0]["model"], value, min(pairs or [value]), max(pairs or [value]), aim, at_most)
+    if not pairs:
+        return None
+    return Target(what, ours[0]["model"], statistics.median(pairs), min(pairs), max(pairs), aim, at_most, len(pairs))
 
 
 def best(groups: Sequence[Samples], key: str, choose: Callable[..., Any]) -> Samples:
@@ -92,7 +92,7 @@ def targets(samples: Samples) -> list[Target]:
             for what, key, aim in (("TTFT", "ttft_ms", 25.0), ("outside the engines", "overhead_ms", 3.0)):
                 numbers = values(rows, key)
                 spread = (statistics.median(numbers), min(numbers), max(numbers))
-                found.append(Target(f"{what}, {who}, ms", model, *spread, aim, True))
+                found.append(Target(f"{what}, {who}, ms", model, *spread, aim, True, len(numbers)))
     return [target for target in found if target is not None]
 
 
@@ -105,14 +105,14 @@ def report(samples: Samples) -> str:
     """The whole Markdown document."""
     text = ["# Speed of the on-device runtime", "", *_head(samples), "", "## Targets", ""]
     text += _table(
-        ["what", "model", "measured (min..max)", "target", ""],
+        ["what", "model", "measured (min..max)", "n", "target", ""],
         [
-            [t.what, t.model, f"{t.value:.3g} ({t.low:.3g}..{t.high:.3g})", f"{'≤' if t.at_most else '≥'} {t.aim:g}",
-             "met" if t.met else "not met"]
+            [t.what, t.model, f"{t.value:.3g}" + (f" ({t.low:.3g}..{t.high:.3g})" if t.n > 1 else ""), str(t.n),
+             f"{'≤' if t.at_most else '≥'} {t.aim:g}", "met" if t.met else "not met"]
             for t in targets(samples)
         ],
     )  # fmt: skip
-    text += ["", "Ratios are of medians; min..max are pairs of the same repetition."]
+    text += ["", "A ratio is that of one repetition, in which both took their turn: median, lowest and highest of n."]
     for model in models(samples):
         text += ["", f"## {model}"]
         for part in (_ttft, _decode, _ceilings, _transformers, _cold, _nano):
@@ -174,7 +174,7 @@ def _decode(samples: Samples, model: str) -> list[str]:
     rows = pick(samples, "decode", model)
     if not rows:
         return []
-    names = sorted({s["who"] for s in rows}, key=lambda name: name != "ours")
+    names = sorted({s["who"] for s in rows}, key=lambda name: (name != "ours", name))
     limit = next(iter(pick(samples, "ceilings", model)), None)
     table = []
     for name in names:

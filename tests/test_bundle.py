@@ -193,3 +193,18 @@ def test_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"schema_version": 1,')
     with pytest.raises(BundleError, match="not valid JSON"):
         b.read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", {"\udce9": 1}, float("nan"), -float("inf"), 1 << 63, -(1 << 63), [[10**400]]]
+)
+def test_a_stamp_that_no_results_file_could_keep_is_refused(value: object, made: Path) -> None:
+    """It would be written into every line about the bundle, which nobody could read again."""
+    bundle = b.read_bundle(made)
+    bundle.stamp({"fp32+f16": {"passed": True, "command": "é 😀", "least": (1 << 63) - 1}})
+    assert bundle.is_verified(bundle.build("fp32+f16"))
+    stamp = {"bundle_sha256": bundle.sha256, "builds": {"fp32+f16": {"passed": True, "command": value}}}
+    (made / b.STAMP).write_text(json.dumps(stamp))
+    with pytest.raises(BundleError, match=r"verified\.json: ") as caught:
+        bundle.verified_builds()
+    assert "verify" in caught.value.hint and len(caught.value.message) < 500

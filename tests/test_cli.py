@@ -146,3 +146,14 @@ def test_ctrl_c_that_a_library_turns_into_another_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: interrupted"), done.stderr
     assert "CheckpointError" not in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_nothing_that_is_said_is_obeyed_by_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another machine, a file's name or its content may hold escapes."""
+    from tinyllava_edge.cli_frame import explain, talk
+
+    odd = "\x1b]0;owned\x07\x1b[31m \x9b2J \u202e \udce9 é"
+    explain(f"a{odd}\nb", f"the log:\n{odd}")
+    talk(odd)
+    plain = "\\x1b]0;owned\\x07\\x1b[31m \\x9b2J \\u202e \\udce9 é"
+    assert capsys.readouterr().err == f"error: a{plain} b\nhint: the log:\n{plain}\n{plain}\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -14,10 +16,9 @@ import pytest
 
 from tinyllava_edge.bench_commands import split_outputs
 from tinyllava_edge.benchmarks.results import read_results
-from tinyllava_edge.cli_bench import FORMS
 from tinyllava_edge.errors import UsageError
 
-QUICK = ["--min-time", "0", "-r", "2", "--no-memory", "-t", "1"]
+QUICK = ["--min-time", "0", "-r", "2", "--resolution", "0", "--no-memory", "-t", "1"]
 
 
 def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -25,11 +26,27 @@ def bench(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
-def test_forms_are_those_that_exist() -> None:
-    from tinyllava_edge.bench_commands import FORMATS as known
-    from tinyllava_edge.benchmarks.bench_formats import FORMATS as written
+def test_help_names_the_forms_and_the_defaults() -> None:
+    from tinyllava_edge.benchmarks import bench_grid
+    from tinyllava_edge.benchmarks.bench_formats import FORMATS
+    from tinyllava_edge.cli_bench import bench as command
 
-    assert tuple(written) == FORMS == known
+    told = inspect.signature(command).parameters
+    assert all(form in str(told["out"].annotation) for form in FORMATS)
+    assert told["resolution"].default == 5.0 and told["repetitions"].default == bench_grid.REPETITIONS == 20
+
+
+def test_rounds_go_on_until_the_resolution_is_reached_and_it_is_said(tiny_bundle: Path, tmp_path: Path) -> None:
+    quick = ["--min-time", "0", "-r", "3", "--no-memory", "-t", "1", "-n", "4", "-o", "r.jsonl"]
+    done = bench(tiny_bundle, *quick, "--resolution", "50", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = next(s.detail for s in read_results([tmp_path / "r.jsonl"]) if s.stage == "after")
+    assert 8 <= after["rounds"] <= 30 and after["stopped_by"] in ("resolution", "most rounds")
+    assert after["resolution_asked"] == 0.5 and after["resolution"] > 0
+    assert f"{100 * after['resolution']:.1f} % would be found by four of five such runs" in done.stdout
+    assert "| against " in done.stdout
+    done = bench(tiny_bundle, *QUICK, "-n", "4", cwd=tmp_path)
+    assert "2 rounds, ended by count and time: too few to compare anything" in done.stdout
 
 
 def test_results_are_appended_and_a_table_is_shown(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -78,6 +95,9 @@ def test_the_gate(tiny_bundle: Path, tmp_path: Path) -> None:
     [
         (["--budget", "tft=3"], "'tft=3'"),
         (["--budget", "drop=1"], "drop"),
+        (["--budget", "rss=1GB", "--no-memory"], "rss with --no-memory"),
+        (["--budget", "ttft=1s", "-p", "8"], "ttft with -p or -n alone"),
+        (["--resolution", "-1"], "--resolution"),
         (["-p", "0"], "-p '0'"),
         (["-n", "99999"], "-n 99999"),
         (["--image-size", "0x5"], "'0x5'"),
@@ -122,3 +142,27 @@ def test_outputs() -> None:
     assert split_outputs(["./json"]) == ("md", [Path("json")])
     with pytest.raises(UsageError):
         split_outputs([""])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--question", "\udcff"], "not Unicode"),
+        (["-t", str(4 * (os.cpu_count() or 1) + 1)], "cores are here"),
+        (["--image-size", "8192x1"], "thinner than"),
+        (["-o", "file/r.jsonl"], "file"),
+        (["-o", "pipe"], "regular file"),
+    ],
+)
+def test_refused_before_anything_is_measured(tiny_bundle: Path, tmp_path: Path, words: list[str], says: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    done = bench(tiny_bundle, *QUICK, *words, cwd=tmp_path)
+    assert done.returncode in (1, 2) and not done.stdout and says in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_pipe_is_no_picture(tiny_bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    done = bench(tiny_bundle, *QUICK, "--build", "int8+q4_k_m", "--image", "pipe.png", cwd=tmp_path)
+    assert done.returncode in (1, 2) and "pipe.png" in done.stderr and "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,11 +64,14 @@ def test_a_task_on_a_bundle_a_checkpoint_and_a_file_of_answers(
     text = build.read_text().splitlines(keepends=True)
     first = [line for line in text[2:] if "COCO_val2014_000000000000.jpg" in line]
     build.write_text("".join(text[:2] + first) + text[5][:40])
-    resumed = call("eval", tiny_bundle, *options, "--build", "fp32+f16", "--allow-unverified", "-o", build)
+    command = ["eval", tiny_bundle, *options, "--build", "fp32+f16", "--allow-unverified", "-o", build]
+    resumed = call(*command)
     assert resumed.returncode == 0 and "2 of 2 pictures" in resumed.stderr, resumed.stderr
     kept = [s.detail["id"] for s in read_results([build]) if s.kind == "answer"]
     lines = (tmp_path / "build.answers.jsonl").read_text().splitlines()
     assert kept == [str(json.loads(line)["question_id"]) for line in lines] and len(first) == 6
+    typed = [s.detail["command"] for s in read_results([build]) if s.kind == "command"]
+    assert shlex.join(["tinyllava-edge", *map(str, command)]) in typed and len(typed) == len(set(typed))
     # the checkpoint, compared with the build
     reference = tmp_path / "reference.jsonl"
     found("eval", tiny_checkpoint, *options, "-o", reference)
@@ -114,6 +118,8 @@ def test_shards_merge_to_the_same_scores(tiny_bundle: Path, pope: Path, tmp_path
     assert merged["scores"] == whole["results"]["pope"]["fp32+f16"]["scores"]
     answers = [(tmp_path / f"{name}.answers.jsonl").read_text() for name in ("whole", "merged")]
     assert answers[0] == answers[1]
+    typed = [s.detail["command"] for s in read_results([tmp_path / "merged.jsonl"]) if s.kind == "command"]
+    assert len(typed) == 3 and sum("--shard" in line for line in typed) == 2 and "eval merge" in " ".join(typed)
 
 
 def test_explain_reads_files_and_stdin(tmp_path: Path) -> None:
@@ -139,6 +145,8 @@ def test_divergence(tiny_bundle: Path, tiny_checkpoint: Path, pope: Path, tmp_pa
     value = found("divergence", tiny_bundle, *options, "--allow-unverified")
     causes = {sample.stage for sample in read_results([out]) if sample.kind == "divergence"}
     assert {"again", "preprocess", "llm", "vision", "both"} <= causes == {row["cause"] for row in value["rows"]}
+    (typed,) = [s.detail["command"] for s in read_results([out]) if s.kind == "command"]
+    assert typed.startswith(f"tinyllava-edge divergence {tiny_bundle} --against")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava_edge import files
 from tinyllava_edge.errors import BundleError, StorageError
 from tinyllava_edge.files import new_directory, new_file, safe_join, sha256_tree, storage_errors, write_text
 
@@ -116,3 +117,45 @@ def test_a_pipe_or_a_directory_is_never_replaced(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="no regular file"):
             write_text(tmp_path / name, "x")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "folder").is_dir()
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """What it leads to is replaced, or made where it led to nothing yet."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "folder").symlink_to("there")
+    (tmp_path / "link").symlink_to("second")
+    (tmp_path / "second").symlink_to(Path("folder") / "file")
+    for text in ("first", "again"):
+        write_text(tmp_path / "link", text)
+        assert (tmp_path / "there" / "file").read_text() == text
+        assert [p.name for p in (tmp_path / "there").iterdir()] == ["file"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "second").is_symlink()
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(StorageError, match="circle"):
+        write_text(tmp_path / "circle", "x")
+    assert (tmp_path / "circle").is_symlink()
+
+
+def test_nothing_below_dev_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root it could be. /dev/stdout is a link, perhaps to the very file that the shell writes to."""
+    monkeypatch.setattr(files, "_DEVICES", (tmp_path / "dev",))
+    monkeypatch.setattr(files, "_MEMORY", tmp_path / "dev" / "shm")
+    (tmp_path / "dev" / "shm").mkdir(parents=True)
+    (tmp_path / "shell").write_text("the shell's")
+    (tmp_path / "dev" / "stdout").symlink_to(tmp_path / "shell")
+    (tmp_path / "dev" / "disk").write_text("a device's")
+    (tmp_path / "link").symlink_to("dev/stdout")
+    (tmp_path / "folder").symlink_to("dev")
+    for name in ("dev/stdout", "dev/disk", "dev/new", "link", "folder/disk", "folder/../dev/disk"):
+        with pytest.raises(StorageError, match="no regular file") as caught:
+            write_text(tmp_path / name, "x")
+        assert str(tmp_path / name) in caught.value.message
+    assert (tmp_path / "shell").read_text() == "the shell's" and (tmp_path / "dev" / "disk").read_text() == "a device's"
+    assert (tmp_path / "dev" / "stdout").is_symlink() and not (tmp_path / "dev" / "new").exists()
+    write_text(tmp_path / "dev" / "shm" / "file", "x")
+
+
+def test_devices_are_those_of_the_system() -> None:
+    for name in ("/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"):
+        with pytest.raises(StorageError, match="no regular file"):
+            files.end_of_links(Path(name))

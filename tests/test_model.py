@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tinyllava_edge import spec
+from tinyllava_edge.errors import CheckpointError
 from tinyllava_edge.model import (
     MODEL_TYPE,
     TinyLlava,
@@ -43,11 +44,15 @@ DINOV2 = {
     "mlp_ratio": 3,
 }
 BASE = spec.model_spec("TinyLLaVA-base-NanoSig-Nano")
+OPTIONS = {
+    "resampler": {"num_queries": 5, "num_layers": 1},
+    "qformer-5": {"num_layers": 2, "hidden_size": 64, "num_heads": 2},
+}
 
 
 def built(tower: dict[str, Any], text: dict[str, Any] | None = None, **change: Any) -> TinyLlava:
     torch.manual_seed(0)
-    options = {"num_queries": 5, "num_layers": 1} if change.get("connector") == "resampler" else None
+    options = OPTIONS.get(str(change.get("connector")))
     model = build_model(dataclasses.replace(BASE, **change), tower, text or TEXT, 1023, options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -116,6 +121,15 @@ OWN = {
     "linear": (SIGLIP, None, {"connector": "linear"}),
     "mlp3x_gelu": (SIGLIP, None, {"connector": "mlp3x_gelu"}),
     "resampler": (SIGLIP, None, {"connector": "resampler", "visual_tokens": 5}),
+    "qformer-5": (SIGLIP, None, {"connector": "qformer-5", "visual_tokens": 5}),
+    "pixelshuffle-16": (SIGLIP, None, {"connector": "pixelshuffle-16", "visual_tokens": 16}),
+    "avgpool-9": (SIGLIP2, None, {"vision_family": "siglip2", "connector": "avgpool-9", "visual_tokens": 9}),
+    # Its configuration names another size than the picture's, so its grid must be written down.
+    "ldpv2-16": (
+        DINOV2,
+        None,
+        {"vision_family": "dinov2", "select_strategy": "default", "connector": "ldpv2-16", "visual_tokens": 16},
+    ),
     "phi": (SIGLIP, {**spec.LLM_BACKBONES["Phi"].config, "hidden_size": 256, "num_hidden_layers": 1}, {}),
 }
 
@@ -146,8 +160,33 @@ def test_own_name_where_stock_llava_would_be_wrong(name: str, tmp_path: Path) ->
     with torch.no_grad():
         wanted = model.model.multi_modal_projector(model.tower_features(pixels()))
         got = again.eval().model.multi_modal_projector(again.tower_features(pixels()))
-    assert torch.equal(got, wanted) and wanted.shape == (2, 5 if name == "resampler" else 64, 256)
+    assert torch.equal(got, wanted) and wanted.shape == (2, change.get("visual_tokens", 64), 256)
     assert (again.lm_head.bias is not None) == (name == "phi")
+
+
+@pytest.mark.parametrize("name", ["pixelshuffle-16", "ldpv2-16", "avgpool-16", "qformer-5"])
+def test_counted_connectors_learn(name: str) -> None:
+    """One step of the whole model: loss over the answer, a gradient for every connector parameter, fewer positions."""
+    tokens = int(name.rpartition("-")[2])
+    model = built(SIGLIP, connector=name, visual_tokens=tokens).train()
+    assert (model.config.feature_tokens, model.config.image_seq_length) == (64, tokens)
+    ids = torch.cat([torch.full((2, tokens), 1023), torch.arange(8).repeat(2, 1)], dim=1)
+    labels = ids.masked_fill(ids == 1023, -100)
+    out = model(input_ids=ids, pixel_values=pixels(), labels=labels)
+    out.loss.backward()
+    assert out.logits.shape == (2, tokens + 8, 1024)
+    for key, parameter in model.model.multi_modal_projector.named_parameters():
+        assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, key
+
+
+def test_a_name_that_contradicts_its_spec(tmp_path: Path) -> None:
+    """The visual tokens in the connector's name are those of the spec, in memory and on the disk."""
+    with pytest.raises(CheckpointError, match=r"visual_tokens=64 with the connector 'avgpool-16'"):
+        built(SIGLIP, connector="avgpool-16")
+    with pytest.raises(CheckpointError, match="the first patch is dropped|63 tower tokens"):
+        built(SIGLIP, connector="avgpool-16", visual_tokens=16, select_strategy="default")
+    with pytest.raises(CheckpointError, match="65 tower tokens"):
+        built(DINOV2, vision_family="dinov2", connector="avgpool-16", visual_tokens=16)
 
 
 def test_needs_own_type() -> None:
@@ -158,6 +197,7 @@ def test_needs_own_type() -> None:
     assert not needs_own_type("mlp2x_gelu", "dinov2", llama)
     assert needs_own_type("mlp2x_gelu", "siglip", phi)
     assert needs_own_type("linear", "siglip", llama)
+    assert needs_own_type("avgpool-16", "siglip", llama)
     assert needs_own_type("mlp2x_gelu", "siglip2", llama)
     assert needs_own_type("mlp2x_gelu", "siglip2_vision_model", llama)
 

@@ -136,6 +136,9 @@ def test_refusals(tiny_bundle: Path, tiny_checkpoint: Path, results: Path, tmp_p
         write_hf_layout(tiny_bundle, tmp_path / "hub", licence="mit\nx: y")
     with pytest.raises(UsageError, match="Hub id"):
         write_hf_layout(tiny_bundle, tmp_path / "hub", base_model="a/b/c")
+    for name in ("../..", "..", ".a/b", "a/.b", "-a/b", "a/-b", "ä/b"):
+        with pytest.raises(UsageError, match="Hub id"):
+            write_hf_layout(tiny_bundle, tmp_path / "hub", base_model=name)
     with pytest.raises(UsageError, match="holds the model"):
         write_hf_layout(tiny_bundle, tiny_bundle.parent, force=True)
     (tmp_path / "there").mkdir()
@@ -289,7 +292,7 @@ def test_offline(small: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_odd_uploads(small: Path, tmp_path: Path) -> None:
-    for repo in ("tiny", "a/b/c", "a b/c", ""):
+    for repo in ("tiny", "a/b/c", "a b/c", "", "../x", "a/..", ".a/b"):
         with pytest.raises(UsageError, match="repository"):
             push(small, repo, confirm=lambda _: True)
     (tmp_path / "empty").mkdir()
@@ -306,3 +309,52 @@ def test_samples_without_a_bundle_line(tiny_bundle: Path, tmp_path: Path) -> Non
     write_results(path, [Sample("latency", "edge", "fp32+f16", "ttft_ms", 1.0, "ms")])
     with pytest.raises(DataError):
         write_hf_layout(tiny_bundle, tmp_path / "hub", results=[path])
+
+
+@pytest.mark.parametrize(
+    ("stamp", "says"),
+    [
+        ({"checks": [{"gated": True, "tolerance": [1]}]}, r"has the tolerance '\[1\]'"),
+        ({"checks": [{"gated": True, "tolerance": {"max_abs": "x"}}]}, "has the tolerance"),
+        ({"checks": [{"gated": True, "tolerance": {"share": True}}]}, "has the tolerance"),
+        ({"checks": [{"gated": True, "max_abs": "x"}]}, "has max_abs = 'x'"),
+        ({"checks": [{"gated": True, "cosine": [1]}]}, "has cosine"),
+        ({"checks": 5}, "are no list"),
+        ({"checks": {"gated": True}}, "are no list"),
+    ],
+)
+def test_a_stamp_of_other_types_is_named(stamp: dict[str, Any], says: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, root)
+    read_bundle(root).stamp({"fp32+f16": {"passed": True, **stamp}})
+    with pytest.raises(BundleError, match=says) as caught:
+        write_hf_layout(root, tmp_path / "hub")
+    assert str(root / "verified.json") in caught.value.message and not (tmp_path / "hub").exists()
+
+
+def test_results_of_other_types_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    lines = [s for s in make_samples() if s.runtime == "reference"]
+    write_results(path, [Sample("environment", environment_id="e1", detail={"cpu": [1]}), *lines])
+    with pytest.raises(DataError, match=r"odd\.jsonl: .*`cpu`"):
+        write_hf_layout(tiny_checkpoint, tmp_path / "hub", results=[path])
+    cpu = {"model": "<b>|Fast [CPU](http://x)"}
+    write_results(path, [Sample("environment", environment_id="e1", detail={"cpu": cpu}), *lines])
+    card = (write_hf_layout(tiny_checkpoint, tmp_path / "hub", results=[path]) / "README.md").read_text()
+    assert "&lt;b&gt;\\|Fast \\[CPU\\](http://x)" in card
+
+
+def test_names_stay_text_in_the_card(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Neither a heading nor a table carries markup that came with the files."""
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, root)
+    opened = read_bundle(root)
+    odd = "<img src=x> | [a](b) `c`"
+    spec = replace(opened.spec, name=odd, llm_family=odd)
+    write_manifest(root, spec, list(opened.files), opened.source, opened.tool_versions)
+    check = {"stage": odd, "gated": True, "cosine": 0.9}
+    read_bundle(root).stamp({odd: {"passed": True, "checks": [check]}})
+    card = (write_hf_layout(root, tmp_path / "hub") / "README.md").read_text()
+    plain = "&lt;img src=x&gt; \\| \\[a\\](b) \\`c\\`"
+    assert f"\n# {plain}\n" in card and f"\n| {plain} | {plain} |" in card
+    assert "<img" not in card and card.count(plain) == 4

@@ -1,10 +1,15 @@
-"""The figures of README.md and benchmarks/RESULTS.md are those of the stored raw samples."""
+"""The figures of README.md and of benchmarks' pages are those of the stored raw samples."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -13,3 +18,41 @@ def test_the_figures_are_those_of_the_stored_results() -> None:
     command = [sys.executable, "benchmarks/publish.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_throughput_is_told_round_by_round() -> None:
+    """The machine was four times as fast in the last round, for one side a round earlier: 2 x, and never 4 or 1 x."""
+    throughput = script("eval_throughput")
+    rates = {throughput.BASE: [10.0, 10.0, 40.0], "ours": [20.0, 40.0, 80.0]}
+    facts = {"equal_answers": 9, "questions": 9, "pictures": 3}
+    found = {name: {"questions_per_s": values, **facts} for name, values in rates.items()}
+    assert throughput.ratios(found, "ours") == [2, 4, 2]
+    assert "| ours | 40.0 | 2.0 (2.0 to 4.0) | 9 of 9 |" in throughput.table(found)
+    assert "2.0 to 2.0 times as fast" in throughput.sentence(found) and "2.0 to 4.0)" in throughput.sentence(found)
+
+
+def test_the_stored_rates_are_the_pages() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "eval-throughput.json").read_text(encoding="utf-8"))
+    throughput = script("eval_throughput")
+    assert throughput.table(stored) in (ROOT / "benchmarks" / "EVALUATION.md").read_text(encoding="utf-8")
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert throughput.sentence(stored) in words
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert "\\*: coefficient of variation" in text and "TTFT, ratio" in text and "medians of 15 answers" in text
+
+
+def test_a_page_without_marks_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    publish = script("publish")
+    with pytest.raises(SystemExit, match="marks around figures"):
+        publish.between(Path("README.md"), "no marks", "figures", "text")
+    page = f"a\n{publish.BEGIN.format('x')}\nold\n{publish.END.format('x')}\nb\n"
+    assert publish.between(Path("p"), page, "x", "new\n") == page.replace("old", "new")

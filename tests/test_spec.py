@@ -81,6 +81,14 @@ def test_optional_fields() -> None:
     assert (changed.crop_resize, changed.resample) == (384, "bilinear")
 
 
+def test_tokens_in_a_connectors_name() -> None:
+    names = {"ldpv2-144": 144, "a-b-1": 1, "avgpool-99999": 99999}
+    none = ("mlp2x_gelu", "ldpv2-", "-9", "ldpv2-0", "ldpv2-09", "ldpv2-9.0", "ldpv2-\u0669", "x-" + "9" * 200, "")
+    assert {name: spec.named_tokens(name) for name in (*names, *none)} == {**names, **dict.fromkeys(none)}
+    good = {**spec.model_spec("TinyLLaVA-base-C-TL").to_dict(), "connector": "ldpv2-144", "visual_tokens": 144}
+    assert spec.ModelSpec.from_dict(good, "x").to_dict() == good
+
+
 def test_spec_json_round_trip_and_refusals() -> None:
     good = spec.model_spec("TinyLLaVA-share-C-TL")
     assert spec.ModelSpec.from_dict(good.to_dict(), "x") == good
@@ -95,6 +103,7 @@ def test_spec_json_round_trip_and_refusals() -> None:
         {"crop_resize": True},
         {"resample": "lanczos"},
         {"vision_family": "dino"},
+        {"connector": "ldpv2-144"},
     ):
         with pytest.raises(CheckpointError, match="x: "):
             spec.ModelSpec.from_dict({**good.to_dict(), **change}, "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 from .errors import UsageError
 from .export.options import names
 
-FORMATS = ("md", "csv", "json", "jsonl", "sql")
 LOCAL = ("cpu", "cuda")
+BROWSER = "browser"
 Progress = Callable[[str], None]
 
 
@@ -51,9 +52,9 @@ def bench_bundle(
         image: picture file to measure with; None takes generated ones.
         grid: the flags' comma lists: `builds`, `prompt`, `gen`, `threads`, `image_sizes`, `devices`.
         options: further arguments of `latency.bench`.
-        target: comma list of `cpu`, `cuda` and `ssh://…` addresses.
+        target: comma list of `cpu`, `cuda`, `browser` and `ssh://…` addresses.
         ssh: how to reach an ssh target (`ssh_options`, `remote_python`).
-        outputs: one of FORMATS for the text, and paths of results files; see split_outputs.
+        outputs: one of `bench_formats.FORMATS` for the text, and paths of results files; see split_outputs.
         budget: limits, see `budget.parse_budget`; empty for none.
         allow_unverified: measure builds without a `verified` stamp.
         progress: receives lines for stderr.
@@ -63,33 +64,51 @@ def bench_bundle(
         UnverifiedError: a build without a stamp.
         What `latency.bench` and `targets.run` raise.
     """
-    from .benchmarks import bench_formats
+    from .benchmarks import bench_formats, bench_notes
     from .benchmarks.bench_grid import image_sizes as read_sizes
-    from .benchmarks.budget import check, parse_budget
-    from .benchmarks.results import Sample, read_results, write_results
+    from .benchmarks.budget import check, check_measured, parse_budget
+    from .benchmarks.out_file import append_results, check_writable
+    from .benchmarks.results import Sample, read_results
     from .bundle import read_bundle
 
     form, paths = split_outputs(outputs)
     limits = parse_budget(budget) if budget else None
-    if limits is not None:
-        check(limits, [])  # a limit that this command can't hold is said before minutes of measuring
     arguments = _arguments(grid, options)
+    if limits is not None:  # what this run can't tell is said before minutes of measuring
+        decoder_alone = bool(arguments["prompt_tokens"] or arguments["gen_tokens"])
+        answers = not decoder_alone or image is not None or bool(arguments["image_sizes"])
+        check_measured(limits, answers=answers, memory=options["memory"])
     if image is not None and read_sizes(arguments["image_sizes"]):
         raise UsageError("--image has a size of its own", "give --image or --image-size, not both")
     places = _places(target, grid["devices"])
+    most = 4 * (os.cpu_count() or 1)
+    if "" in places and max(arguments["threads"], default=0) > most:
+        raise UsageError(f"-t {max(arguments['threads'])}: {os.cpu_count()} cores are here", f"at most {most}")
     opened = read_bundle(bundle)
-    for name in arguments["builds"] or opened.builds():
-        opened.require_verified(opened.build(name), allow_unverified)
-    before = {path: read_results([path]) if path.is_file() else [] for path in paths}  # damage is said now, too
+    asked = _builds(arguments["builds"], places)
+    if BROWSER in places:
+        from .benchmarks.targets.browser import choose_builds
+
+        choose_builds(opened, asked[BROWSER], allow_unverified)
+    for place in [place for place in places if place != BROWSER]:
+        for name in asked[place] or opened.builds():
+            opened.require_verified(opened.build(name), allow_unverified)
+    for path in paths:  # what would stop the results from being kept is said before they are made
+        check_writable(path)
+        if path.is_file():
+            read_results([path])
     samples: list[Sample] = []
     for place, devices in places.items():
-        samples += _measure(place, bundle, image, {**arguments, "devices": devices}, ssh, allow_unverified, progress)
+        given = {**arguments, "builds": asked[place], "devices": devices}
+        samples += _measure(place, bundle, image, given, ssh, allow_unverified, progress)
     command = Sample("command", detail={"command": shlex.join(["tinyllava-edge", *sys.argv[1:]])})
-    for path, old in before.items():
-        write_results(path, [*old, command, *samples])
+    for path in paths:
+        append_results(path, [command, *samples])
         progress(f"results: {path}")
     rows = bench_formats.rows(samples)
-    text = bench_formats.FORMATS[form](rows) + (_roofline(samples) if form == "md" else "")
+    text = bench_formats.FORMATS[form](rows)
+    if form == "md":
+        text += bench_notes.resolution(samples) + bench_notes.load(samples) + bench_notes.roofline(samples)
     checks = check(limits, samples) if limits is not None else []
     value = {
         "rows": [{key: item for key, item in asdict(row).items() if key != "samples"} for row in rows],
@@ -102,6 +121,8 @@ def bench_bundle(
 
 def split_outputs(outputs: Sequence[str]) -> tuple[str, list[Path]]:
     """Values of -o → the text's form and the results files. Raises UsageError for two forms, or for a directory."""
+    from .benchmarks.bench_formats import FORMATS
+
     forms = list(dict.fromkeys(word for word in outputs if word in FORMATS))
     if len(forms) > 1:
         raise UsageError(f"-o {forms[0]} and -o {forms[1]}", "one of them can go to stdout")
@@ -114,9 +135,12 @@ def split_outputs(outputs: Sequence[str]) -> tuple[str, list[Path]]:
 def _arguments(grid: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `latency.bench`, JSON values all."""
     from .benchmarks import bench_grid
-    from .benchmarks.rounds import StopRule
+    from .benchmarks.stop_rule import StopRule
 
-    StopRule(options["repetitions"], options["min_time_s"], options["max_time_s"])
+    question = options.get("question") or ""
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise UsageError(f"--question {ascii(question)[:80]}: not Unicode text", "write it in UTF-8")
+    StopRule(options["repetitions"], options["min_time_s"], options["max_time_s"], options["resolution"])
     return {
         **options,
         "builds": list(names(grid["builds"])) or None,
@@ -132,18 +156,37 @@ def _places(target: str, devices: str) -> dict[str, list[str]]:
     from .benchmarks import bench_grid
     from .benchmarks.targets import is_remote
 
+    known = f"{', '.join(LOCAL)}, {BROWSER}, ssh://user@host[:port]/dir"
     asked = list(bench_grid.devices(devices)) if devices else []
     found: dict[str, list[str]] = {}
     for name in names(target):
         if name in LOCAL:
             here = found.setdefault("", [])
             here += [device for device in (asked if asked and name == "cpu" else [name]) if device not in here]
+        elif name == BROWSER:
+            found[name] = []  # the page itself chooses between WebGPU and WebAssembly
         elif is_remote(name):
             found[name] = asked or ["cpu"]
         else:
-            raise UsageError(f"--target {name[:80]!r}", f"known: {', '.join(LOCAL)}, ssh://user@host[:port]/dir")
+            raise UsageError(f"--target {name[:80]!r}", f"known: {known}")
     if not found:
-        raise UsageError("--target names none", f"known: {', '.join(LOCAL)}, ssh://user@host[:port]/dir")
+        raise UsageError("--target names none", f"known: {known}")
+    return found
+
+
+def _builds(names: Sequence[str] | None, places: Mapping[str, Sequence[str]]) -> dict[str, list[str] | None]:
+    """Place → builds to measure there, None for all: a browser's are named `web-…`, other places take the rest."""
+    web = [name for name in names or () if name.startswith("web-")]
+    rest = [name for name in names or () if name not in web]
+    found: dict[str, list[str] | None] = {}
+    for place in places:
+        # One target alone takes every name, so that a wrong one is said with the names that it knows.
+        mine = list(names or ()) if len(places) == 1 else web if place == BROWSER else rest
+        if names and not mine:
+            raise UsageError(
+                f"--build names none for --target {place or 'cpu'}", "name one for each target: browsers run web-q4 …"
+            )
+        found[place] = mine or None
     return found
 
 
@@ -160,23 +203,12 @@ def _measure(
         from .benchmarks.latency import bench
 
         return list(bench(bundle, picture=image, **arguments, progress=progress))
+    if place == BROWSER:
+        from .benchmarks.targets import browser
+
+        here = {name: value for name, value in arguments.items() if name != "devices"}
+        return browser.run(bundle, picture=image, **here, allow_unverified=allow_unverified, progress=progress)
     from .benchmarks.targets import run
 
     picture = {} if image is None else {"picture": image}
     return run(place, bundle, {**arguments, **picture, **ssh, "allow_unverified": allow_unverified}, progress)
-
-
-def _roofline(samples: Sequence[Any]) -> str:
-    """Each stage as a share of what this machine can do at best; nothing where no ceiling stands beside it."""
-    from .benchmarks.roofline import shares
-
-    found = [share for share in shares(samples) if share.share_percent is not None]
-    if not found:
-        return ""
-    lines = ["", "| test | build | target | share of the roofline | work | ceiling |", "|---|---|---|---:|---:|---:|"]
-    for share in sorted(found, key=lambda share: share.stage):
-        lines.append(
-            f"| {share.stage} | {share.build} | {share.target} | {share.share_percent:.1f} % | "
-            f"{share.work:.4g} {share.unit} | {share.ceiling:.4g} {share.unit}/s |"
-        )
-    return "\n".join(lines) + "\n"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, CheckpointError, UnverifiedError, UsageError
-from .files import safe_join, sha256_file, write_json
+from .files import has_huge_integer, safe_join, sha256_file, write_json
 from .spec import ModelSpec
 
 SCHEMA_VERSION = 1
@@ -174,11 +174,16 @@ class Bundle:
                 )
 
     def verified_builds(self) -> dict[str, Any]:
-        """What verified.json says of this very manifest: build name → its record; empty where there is none."""
+        """What verified.json says of this very manifest: build name → its record; empty where there is none.
+
+        Raises:
+            BundleError: it can't be read, or holds what a results file can't: half a character, or no finite number.
+        """
         path = self.root / STAMP
         if not path.is_file():
             return {}
         stamp = _read_json(path)
+        _check_plain_json(path, stamp)
         if not isinstance(stamp, dict) or stamp.get("bundle_sha256") != self.sha256:
             return {}
         builds = stamp.get("builds")
@@ -283,6 +288,18 @@ def _read_json(path: Path) -> Any:
         raise BundleError(
             f"{path}: not valid JSON ({error})", "copy the file again, or export the bundle again"
         ) from error
+
+
+def _check_plain_json(path: Path, value: Any) -> None:
+    """Raise BundleError unless every text is whole and every number finite and within 64 bits."""
+    hint = "remove it, then run `verify` again"
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: a value that can't be kept ({error})", hint) from error
+    if has_huge_integer(value, text):
+        raise BundleError(f"{path}: a whole number beyond 64 bits", hint)
 
 
 def _string(path: Path, value: Mapping[str, Any], key: str) -> str:

@@ -73,9 +73,16 @@ def demo(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
-    data: Annotated[Path, typer.Option("--data", help="LLaVA JSON with the conversations.")],
-    images: Annotated[Path, typer.Option("--images", help="Directory that the rows' image paths start from.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Checkpoint directory to write; needed to train.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="LLaVA JSON with the conversations; needed to train.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="Directory that the rows' image paths start from; needed with --data."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Checkpoint to continue from; a new model if absent.")
     ] = None,
@@ -86,15 +93,81 @@ def train(
     llm: Annotated[
         Path | None, typer.Option("--llm", help="Hugging Face directory of a new model's language model.")
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe name or TOML file.")] = "base-nano",
-    stage: Annotated[str, typer.Option("--stage", help="Stage of the recipe: pretrain or finetune.")] = "finetune",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", help="Recipe name or TOML file; by default the one in the variant's name, else base-nano."
+        ),
+    ] = "",
+    stage: Annotated[
+        str,
+        typer.Option("--stage", help="Stage of the recipe, e.g. pretrain; finetune by default, a dry run shows all."),
+    ] = "",
     max_bad_rows: Annotated[int, typer.Option("--max-bad-rows", min=0, help="Bad rows to skip before stopping.")] = 0,
     force: Force = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train nothing: print stages, trainable parameters, steps, tokens, memory and time. Needs no weights "
+            "and no data; the options below are its own.",
+        ),
+    ] = False,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows", min=1, help="Conversations of a stage; those of --data, or of the recipe's own data, by default."
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int,
+        typer.Option("--text-tokens", min=1, help="Tokens of a row besides its picture, where --data is not given."),
+    ] = 200,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices, one process each.")] = 1,
+    device_memory: Annotated[
+        str, typer.Option("--device-memory", metavar="SIZE", help="Memory of each device, e.g. 24GB: does it fit?")
+    ] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", help="How states are divided over devices: ddp, zero2, zero3 or fsdp.")
+    ] = "ddp",
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option("--peak-tflops", help="Dense peak of one device in the stage's precision; without it, no time."),
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", help="Share of the peak that training reaches; an assumption, measure yours.")
+    ] = 0.4,
     as_json: Json = False,
 ) -> None:
-    """Train one stage: `pretrain` fits the connector on captions, `finetune` connector and LLM on answers."""
-    from .commands import train_stage
+    """Train one stage: `pretrain` fits the connector on captions, `finetune` connector and LLM on answers.
 
+    With --dry-run, say what a recipe takes: `train --variant TinyLLaVA-share-Sig-Phi --devices 8 --dry-run`.
+    """
+    from .commands import plan_training, train_stage
+
+    if dry_run:
+        machine = {
+            "devices": devices,
+            "memory": device_memory,
+            "engine": engine,
+            "peak_tflops": peak_tflops,
+            "mfu": mfu,
+        }
+        value, lines = plan_training(
+            data,
+            images,
+            checkpoint,
+            variant,
+            llm=llm,
+            recipe=recipe,
+            stage=stage,
+            max_bad_rows=max_bad_rows,
+            rows=rows,
+            text_tokens=text_tokens,
+            machine=machine,
+        )
+        emit(value) if as_json else print("\n".join(lines))
+        return
     result = train_stage(
         out,
         data,
@@ -256,10 +329,11 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a bundle with its checkpoint stage by stage; names the first stage that diverges. Exit 1 if one does."""
-    from .commands import print_verify
+    from .commands import keep_command, print_verify
     from .export.verify import verify as run_verify
 
     report = run_verify(bundle, against, builds=names(build) or None, pictures=image or None, progress=talk)
+    keep_command(bundle, report)
     emit(report.to_dict()) if as_json else print_verify(report)
     if not report.passed:
         raise typer.Exit(1)
@@ -288,7 +362,10 @@ def report(
         Path | None, typer.Option("--images", help="Pictures that were evaluated, to show flips.")
     ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", help="Decide for this budget: ttft=500ms,rss=1.2GB,size=900MB,total=2s,drop=0.5.")
+        str,
+        typer.Option(
+            "--budget", help="Decide for this budget: ttft=500ms,total=2s,rss=1.2GB,size=900MB,energy=5J,drop=0.5."
+        ),
     ] = "",
     against: Annotated[
         Path | None, typer.Option("--against", help="Results of another run, shown beside these with significance.")

@@ -41,7 +41,13 @@ def ablate(
     else:
         wanted = read_grid(grid)
         if dry_run:
-            _tell(run.dry_run(wanted, out), as_json)
+            estimates = run.dry_run(wanted, out)
+            _tell(estimates, as_json)
+            if refused := [item for item in estimates if item.failed]:
+                raise TinyLlavaEdgeError(
+                    f"{len(refused)} cells and seeds can't be done, first {refused[0].run}: {refused[0].state}",
+                    f"mend {grid}",
+                )
             return
         command = shlex.join(["tinyllava-edge", *sys.argv[1:]])
         samples = run.run_grid(wanted, out, jobs=jobs, command=command, progress=talk)

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .benchmarks import bench_grid as defaults
 from .cli_device import AllowUnverified, BundleArg, Json
 from .cli_frame import emit, talk
 from .errors import UsageError
-
-FORMS = ("md", "csv", "json", "jsonl", "sql")
 
 
 def bench(
@@ -23,8 +22,10 @@ def bench(
     image_size: Annotated[
         str, typer.Option("--image-size", metavar="LIST", help="Sizes of generated pictures, e.g. 64,640x480.")
     ] = "",
-    question: Annotated[str, typer.Option("--question", help="Question to measure with.")] = "what color is the shape?",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 16,
+    question: Annotated[str, typer.Option("--question", help="Question to measure with.")] = defaults.QUESTION,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")
+    ] = defaults.MAX_TOKENS,
     prompt: Annotated[
         str,
         typer.Option("-p", "--n-prompt", metavar="LIST", help="llama-bench's ppN: prefill of N text tokens, e.g. 512."),
@@ -37,13 +38,22 @@ def bench(
     ] = "",
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, help="Measured rounds at least.")
-    ] = 20,
-    min_time: Annotated[float, typer.Option("--min-time", min=0, help="Seconds of rounds at least.")] = 3.0,
+    ] = defaults.REPETITIONS,
+    min_time: Annotated[
+        float, typer.Option("--min-time", min=0, help="Seconds of rounds at least.")
+    ] = defaults.MIN_TIME_S,
     max_time: Annotated[
         float, typer.Option("--max-time", min=0.001, help="Seconds after which no round begins, -r met or not.")
-    ] = 600.0,
+    ] = defaults.MAX_TIME_S,
+    resolution: Annotated[
+        float,
+        typer.Option(
+            "--resolution", metavar="PERCENT", min=0, max=99,
+            help="Go on, for 10 times -r rounds at most, until 4 of 5 such runs would tell such a change; 0: don't.",
+        ),
+    ] = 100 * defaults.RESOLUTION,
     target: Annotated[
-        str, typer.Option("--target", metavar="LIST", help="Where: cpu, cuda, ssh://user@host[:port]/dir.")
+        str, typer.Option("--target", metavar="LIST", help="Where: cpu, cuda, browser, ssh://user@host[:port]/dir.")
     ] = "cpu",
     device: Annotated[
         str, typer.Option("--device", metavar="LIST", help="Devices of each target: cpu,cuda; cpu by default.")
@@ -73,8 +83,9 @@ def bench(
 ) -> None:  # fmt: skip
     """Stage latencies of every build, interleaved in one run; energy, memory, loading, ceilings; a gate for CI."""
     from .bench_commands import bench_bundle
+    from .benchmarks import bench_formats
 
-    if as_json and any(word in FORMS for word in out or ()):
+    if as_json and any(word in bench_formats.FORMATS for word in out or ()):
         raise UsageError("--json and -o with a form both want stdout", "give one of the two")
     found = bench_bundle(
         bundle,
@@ -93,6 +104,7 @@ def bench(
             "repetitions": repetitions,
             "min_time_s": min_time,
             "max_time_s": max_time,
+            "resolution": resolution / 100,
             "memory": memory,
         },
         target=target,

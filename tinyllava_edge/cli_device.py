@@ -171,6 +171,8 @@ def serve(
     allowed_hosts: Annotated[str, setting("allowed_hosts")] = "",
     allowed_origins: Annotated[str, setting("allowed_origins")] = "",
     page: Annotated[bool, setting("page", "--page/--no-page")] = DEFAULTS.page,
+    web: Annotated[bool, setting("web", "--web")] = False,
+    web_dist: Annotated[Path | None, setting("web_dist")] = None,
     max_queue: Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get 429.")] = 32,
     default_max_tokens: Annotated[int, setting("default_max_tokens")] = DEFAULTS.default_max_tokens,
     max_body_mb: Annotated[int, setting("max_body_mb")] = DEFAULTS.max_body_mb,
@@ -195,6 +197,8 @@ def serve(
         allowed_hosts=names(allowed_hosts),
         allowed_origins=names(allowed_origins),
         page=page,
+        web=web,
+        web_dist=web_dist,
         default_max_tokens=default_max_tokens,
         max_body_mb=max_body_mb,
         max_memory_mb=max_memory_mb,
@@ -209,6 +213,11 @@ def serve(
         warm_up=warm_up,
         log_requests=log_requests,
     )
+    if web:
+        from .runtimes.server.web_serve import serve_web
+
+        serve_web(bundle, options, say=talk)
+        return
     from .runtimes.engine import open_bundle
     from .runtimes.server.serve import serve as run_server
 

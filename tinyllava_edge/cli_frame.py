@@ -140,14 +140,19 @@ def fail(message: str, hint: str, code: int) -> NoReturn:
 
 def explain(message: str, hint: str) -> None:
     """Print `error: …` and, after it, `hint: …` on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {printable(hint)}", file=sys.stderr)
 
 
 def talk(message: str) -> None:
     """One line of progress on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal might obey written as an escape; line breaks and tabs stay, as in a log."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def emit(value: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle
+from .bundle import Bundle, read_bundle
 from .errors import StorageError, UsageError
 
 Progress = Callable[[str], None]
@@ -90,6 +92,7 @@ def export_checkpoint(
 
     bundle, report = run_export(root, out, read_options(values), progress=tell)
     if report is not None:
+        keep_command(bundle.root, report)
         print_verify(report)
     return describe_bundle(bundle), report is None or report.passed
 
@@ -159,9 +162,9 @@ def quantize_more(
 
 
 def train_stage(
-    out: Path,
-    data: Path,
-    images: Path,
+    out: Path | None,
+    data: Path | None,
+    images: Path | None,
     checkpoint: Path | None,
     variant: str,
     *,
@@ -173,13 +176,16 @@ def train_stage(
     force: bool,
 ) -> dict[str, Any]:
     """Train one stage of a recipe from a checkpoint, or from the backbones of a variant."""
+    if out is None or data is None or images is None:
+        lacking = [flag for flag, given in (("--out", out), ("--data", data), ("--images", images)) if given is None]
+        raise UsageError(f"training needs {', '.join(lacking)}", "or see what it would do, with --dry-run")
     from .checkpoint_spec import load_spec
     from .spec import DEFAULT_VARIANT
     from .spec import variant as find_variant
     from .train import recipes
     from .train.trainer import init_checkpoint, train
 
-    chosen = recipes.load(recipe).stage(stage)
+    chosen = recipes.load(recipe or recipe_of(variant)).stage(stage or "finetune")
     if checkpoint is not None and (variant or vision or llm):
         raise UsageError("--variant starts a new model and --checkpoint continues one", "give one of the two")
     if checkpoint is not None and checkpoint.resolve() == out.resolve():
@@ -190,6 +196,80 @@ def train_stage(
         if not checkpoint.exists() or load_spec(checkpoint).name != name:
             init_checkpoint(name, checkpoint, vision_dir=vision, llm_dir=llm, force=True)
     return train(checkpoint, chosen, data, images, out, max_bad=max_bad_rows, force=force).to_dict()
+
+
+def recipe_of(variant: str) -> str:
+    """The recipe in a paper variant's name; base-nano for everything else."""
+    from .spec import VARIANTS
+
+    return VARIANTS[variant].recipe if variant in VARIANTS else "base-nano"
+
+
+def plan_training(
+    data: Path | None,
+    images: Path | None,
+    checkpoint: Path | None,
+    variant: str,
+    *,
+    llm: Path | None,
+    recipe: str,
+    stage: str,
+    max_bad_rows: int,
+    rows: int | None,
+    text_tokens: int,
+    machine: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """What training would do, as JSON values and as lines for people; needs no weights.
+
+    Args:
+        machine: fields of train.plan.Machine, `memory` as text.
+    """
+    from .spec import DEFAULT_VARIANT
+    from .train import recipes
+    from .train.plan import Machine, make_plan
+    from .train.plan_source import checkpoint_model, data_lengths, plan_tokenizer, variant_model
+    from .train.plan_text import parse_memory, plan_lines
+
+    if checkpoint is not None and (variant or llm):
+        raise UsageError("--variant starts a new model and --checkpoint continues one", "give one of the two")
+    if (data is None) != (images is None):
+        raise UsageError("--data and --images belong together", "give both to measure rows, or none")
+    if data is not None and not stage:
+        raise UsageError(f"{data} holds the rows of one stage", "name it with --stage")
+    chosen = recipes.load(recipe or recipe_of(variant))
+    name = variant or DEFAULT_VARIANT
+    model, spec = variant_model(name) if checkpoint is None else checkpoint_model(checkpoint)
+    lengths = None
+    if data is not None and images is not None:
+        tokenizer = plan_tokenizer(checkpoint, llm, name)
+        lengths = data_lengths(data, images, spec, tokenizer, max_bad=max_bad_rows)
+    memory = machine.get("memory")
+    plan = make_plan(
+        model,
+        spec,
+        chosen,
+        Machine(**{**machine, "memory": parse_memory(memory) if memory else None}),
+        stages=[stage] if stage else (),
+        rows=rows,
+        text_tokens=text_tokens,
+        lengths=lengths,
+    )
+    return plan.to_dict(), plan_lines(plan)
+
+
+def typed() -> str:
+    """The command line of this process, as the results keep it; without a password in an address."""
+    return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", shlex.join(["tinyllava-edge", *sys.argv[1:]]))
+
+
+def keep_command(bundle: Path, report: Any) -> None:
+    """Note in the stamps of the builds that just passed which command verified them, for the report."""
+    opened = read_bundle(bundle)
+    passed = {build.build for build in report.builds if build.passed}
+    stamps = opened.verified_builds()
+    kept = {name: {**stamp, "command": typed()} if name in passed else stamp for name, stamp in stamps.items()}
+    if kept != stamps:
+        opened.stamp(kept)
 
 
 def print_verify(report: Any) -> None:

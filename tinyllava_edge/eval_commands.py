@@ -175,6 +175,7 @@ def conclude(
     written: list[str] = []
     if out is not None:
         finish_file(out, task, result, model)
+        keep_command(out)
         written = [
             str(path)
             for path in write_official(task, result, out, model, progress, whole=shard is None, given=asking.answers)
@@ -191,6 +192,18 @@ def conclude(
         **intervals(task, result, figures),
         "files": ([str(out)] if out else []) + written,
     }
+
+
+def keep_command(out: Path) -> None:
+    """Put the command line into a finished run's file, once, so that a report can show it."""
+    from .benchmarks.results import Sample, read_results, write_results
+    from .commands import typed
+
+    line = Sample("command", detail={"command": typed()})
+    samples = read_results([out])
+    if line not in samples:
+        place = 1 + max((k for k, sample in enumerate(samples) if sample.kind in ("environment", "run")), default=-1)
+        write_results(out, [*samples[:place], line, *samples[place:]])
 
 
 def check_judge(tasks: Sequence[Task], asking: Asking) -> None:
@@ -260,12 +273,13 @@ def merge_shards(paths: Sequence[Path], out: Path, *, judge: Judge | None, progr
     from .benchmarks.answer_files import question_of
     from .benchmarks.evaluation import EvalResult
     from .benchmarks.out_file import check_replaceable, check_target
-    from .benchmarks.results import write_results
+    from .benchmarks.results import read_results, write_results
     from .benchmarks.scoring import merge_files
     from .benchmarks.tasks import find
 
     check_target(out, paths)
     samples, run, records = merge_files(paths)
+    samples += [line for path in paths for line in read_results([path], tolerate_cut=True) if line.kind == "command"]
     line = next(sample for sample in samples if sample.kind == "run")
     task = find(run.task)
     if task.protocol != run.protocol:
@@ -422,7 +436,8 @@ def diverge(
     from .benchmarks.divergence import measure_divergence
     from .benchmarks.divergence_summary import divergence_lines, summarise_divergence
     from .benchmarks.out_file import check_replaceable, check_target
-    from .benchmarks.results import write_results
+    from .benchmarks.results import Sample, write_results
+    from .commands import typed
 
     if len(tasks) != 1:
         raise UsageError("divergence takes one task", "measure the others in runs of their own")
@@ -443,7 +458,7 @@ def diverge(
         progress=progress,
     )
     if out is not None:
-        write_results(out, samples)
+        write_results(out, [*samples, Sample("command", detail={"command": typed()})])
     report = summarise_divergence(samples)
     for line in divergence_lines(report):
         progress(line)

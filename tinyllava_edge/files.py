@@ -19,6 +19,9 @@ _CHUNK = 1 << 20  # bytes read at a time while hashing
 _SPARE = 1 << 16  # bytes; a native writer that failed with less left than this failed for want of space
 _FULL = 1 << 20  # bytes; with less left on the disk, a failed write is blamed on it
 _ASIDE = ".old"  # the directory that is being replaced
+_DEVICES = (Path("/dev"), Path("/proc"))  # as root, a rename would put a file in the place of a device
+_MEMORY = Path("/dev/shm")  # files in memory; nothing there is a device
+_LONG_NUMBER = re.compile(r"[0-9]{19}")  # 2**63 has 19 digits
 _TMP = re.compile(r"^\.(?P<name>.+)\.tmp-(?P<pid>\d+)$")
 
 
@@ -105,14 +108,41 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def end_of_links(target: Path) -> Path:
+    """Where a file that is written under this name would lie.
+
+    Raises:
+        StorageError: one of the links leads below /dev or /proc, e.g. /dev/stdout, or they lead in a circle.
+    """
+    path, seen = target.absolute(), set[Path]()
+    while True:
+        path = Path(os.path.realpath(path.parent)) / path.name
+        if not path.is_relative_to(_MEMORY) and any(path.is_relative_to(root) for root in _DEVICES):
+            raise StorageError(f"{target} is no regular file", "name a file; `> FILE` redirects what is printed")
+        if not path.is_symlink():
+            return path
+        if path in seen:
+            raise StorageError(f"{target}: its links lead in a circle", "remove them, or choose another -o")
+        seen.add(path)
+        path = path.parent / path.readlink()
+
+
 @contextlib.contextmanager
 def new_file(target: Path, *, force: bool = True) -> Iterator[Path]:
-    """A file name to write to that becomes `target` when the block ends well, and vanishes when it doesn't."""
+    """A file name to write to that becomes `target` when the block ends well, and vanishes when it doesn't.
+
+    A link stays a link: what it leads to is replaced.
+
+    Raises:
+        StorageError: `target` exists and `force` is off, leads to something else than a regular file or to a place
+            below /dev or /proc, or the disk is full.
+    """
+    given, target = target, end_of_links(target)
     if target.exists() and not force:
-        raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
+        raise StorageError(f"{given} exists already", "name another place with -o, or replace it with --force")
     if target.exists() and not target.is_file():  # a rename would put a file in a device's or a pipe's place
-        raise StorageError(f"{target} is no regular file", "name a file; `> FILE` redirects what is printed")
-    with storage_errors(target):
+        raise StorageError(f"{given} is no regular file", "name a file; `> FILE` redirects what is printed")
+    with storage_errors(given):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
         try:
@@ -138,6 +168,23 @@ def write_json(target: Path, value: Any) -> None:
 def json_text(value: Any) -> str:
     """What write_json writes."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def has_huge_integer(value: Any, text: str) -> bool:
+    """Whether JSON holds a whole number of 2**63 or more, which no later calculation could take.
+
+    Args:
+        value: the parsed JSON.
+        text: the same as JSON; tells quickly that there are no long numbers.
+    """
+    waiting = [value] if _LONG_NUMBER.search(text) else []
+    while waiting:  # not by recursion: the nesting is the writer's choice
+        found = waiting.pop()
+        if isinstance(found, dict | list):
+            waiting += found.values() if isinstance(found, dict) else found
+        elif isinstance(found, int) and abs(found) >= 1 << 63:
+            return True
+    return False
 
 
 def _swap(temporary: Path, target: Path) -> None:

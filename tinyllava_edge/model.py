@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditional
 from .connectors import CONNECTORS, DeepMlpConnector, MlpConnector, ResamplerConnector, build_connector
 from .errors import CheckpointError, UsageError
 from .llava_config import MODEL_TYPE, TinyLlavaConfig
-from .spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, variant
+from .spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, named_tokens, variant
 
 __all__ = [
     "CONNECTORS",
@@ -67,13 +67,17 @@ class SquareSiglip2(Siglip2VisionModel):
 
 
 class TinyLlava(LlavaForConditionalGeneration):
-    """Llava with a connector from CONNECTORS and a head that may have a bias."""
+    """Llava with a connector from the table and a head that may have a bias."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
         self.model.multi_modal_projector = build_connector(
-            getattr(config, "connector", STOCK_CONNECTOR), vision, text, getattr(config, "connector_options", None)
+            getattr(config, "connector", STOCK_CONNECTOR),
+            vision,
+            text,
+            getattr(config, "connector_options", None),
+            getattr(config, "feature_tokens", None),
         )
         if config.vision_config.model_type == SIGLIP2_TYPE:
             self.model.vision_tower = build_tower(config.vision_config)
@@ -120,7 +124,7 @@ def needs_own_type(connector: str, vision_family: str, text_config: Any) -> bool
     """Whether stock Llava can't represent the model, so that the checkpoint must carry our own architecture name.
 
     Args:
-        connector: key of CONNECTORS.
+        connector: whole name, as `build_connector` knows it.
         vision_family: `ModelSpec.vision_family`, or the `model_type` of the tower's configuration.
         text_config: the language model's configuration.
     """
@@ -134,7 +138,13 @@ def build_config(
     image_token_id: int,
     connector_options: Mapping[str, int] | None = None,
 ) -> LlavaConfig:
-    """Llava configuration of a spec and two backbone configurations; `connector_options` as `build_connector`."""
+    """Llava configuration of a spec and two backbone configurations; `connector_options` as `build_connector`.
+
+    Raises:
+        CheckpointError: the spec's visual tokens aren't those that its connector's name ends in.
+    """
+    if named_tokens(spec.connector) not in (None, spec.visual_tokens):
+        raise CheckpointError(f"{spec.name}: visual_tokens={spec.visual_tokens} with the connector {spec.connector!r}")
     text = AutoConfig.for_model(**copy.deepcopy(dict(text_config)))  # transformers writes into what it is given
     own = needs_own_type(spec.connector, spec.vision_family, text)
     vision = AutoConfig.for_model(**vision_config)
@@ -153,6 +163,8 @@ def build_config(
     )
     if spec.connector != STOCK_CONNECTOR:
         config.connector = spec.connector
+    if named_tokens(spec.connector) is not None:  # a grid that is reduced must be known, and DINOv2's can't be derived
+        config.feature_tokens = spec.feature_tokens
     if connector_options:
         config.connector_options = dict(connector_options)
     return config

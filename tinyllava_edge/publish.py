@@ -16,11 +16,12 @@ from typing import Any
 
 from .benchmarks import report_formats as formats
 from .benchmarks.model_card import model_card_section
+from .benchmarks.report_tables import cell
 from .benchmarks.results import Sample, read_results
 from .benchmarks.summary import BuildSummary, summarise
 from .bundle import MANIFEST, STAMP, Bundle, read_bundle
 from .checkpoint_spec import SPEC_FILE, load_spec
-from .errors import DataError, StorageError, UsageError
+from .errors import BundleError, DataError, StorageError, UsageError
 from .files import new_directory, write_text
 from .spec import ModelSpec
 
@@ -28,6 +29,7 @@ CARD = "README.md"
 GUIDE = "STOCK_HOSTS.md"  # as export/stock_hosts.py names it
 _TAGS = ("tinyllava", "llava", "vision-language-model")
 _NONE = "–"
+_HUB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"  # an owner or a model; `..` would be another place
 _WEIGHTS = (".safetensors", ".gguf", ".onnx")
 _STOCK = "LlavaForConditionalGeneration"
 
@@ -56,13 +58,13 @@ def write_hf_layout(
 
     Raises:
         UsageError: neither a bundle nor a checkpoint, or an impossible licence or Hub id.
-        BundleError, CheckpointError: it is damaged.
+        BundleError, CheckpointError: it is damaged, or its stamp holds something else than measurements.
         DataError: results that can't be read, or of another bundle.
         StorageError: `out` exists and `force` is off, or the disk is full.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,63}", licence):
         raise UsageError(f"licence {licence!r}", "give the Hub's short name, e.g. apache-2.0")
-    if base_model and not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", base_model):
+    if base_model and not re.fullmatch(rf"{_HUB_NAME}(/{_HUB_NAME})?", base_model):
         raise UsageError(f"base model {base_model!r} is no Hub id", "give it as owner/name")
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UsageError(f"{out} holds the model itself", "name another place with -o")
@@ -81,7 +83,7 @@ def write_hf_layout(
     elif (source / SPEC_FILE).is_file():
         spec = load_spec(source)
         names = sorted(path.name for path in source.iterdir() if path.is_file() and _published(path))
-        body = _checkpoint_card(source, spec, read_results(list(results)), names)
+        body = _checkpoint_card(source, spec, results, names)
         library = "transformers" if _is_stock(source) else "tinyllava-edge"
         front = _front(licence, library, base_model, "finetune", ())
     else:
@@ -130,7 +132,7 @@ def push(
     """
     if not (root / CARD).is_file():
         raise UsageError(f"{root}: no {CARD}", "make the directory with write_hf_layout first")
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo_id):
+    if not re.fullmatch(rf"{_HUB_NAME}/{_HUB_NAME}", repo_id):
         raise UsageError(f"repository {repo_id!r}", "give it as owner/name")
     files = listing(root)
     total = sum(size for _, size in files)
@@ -188,7 +190,7 @@ def _bundle_card(bundle: Bundle, samples: Sequence[Sample]) -> str:
     first = next(iter(builds.values()))
     spec = bundle.spec
     parts = [
-        f"# {bundle.name}",
+        f"# {cell(bundle.name)}",
         _what(spec),
         "Files for devices: ONNX for the picture, GGUF for the language model. Nothing is fetched to run them.",
         "## Builds",
@@ -196,7 +198,7 @@ def _bundle_card(bundle: Bundle, samples: Sequence[Sample]) -> str:
         _table(("build", "size, MB", "accuracy", "first token, ms", "peak memory, MB", "verified"), rows),
         model_card_section(summary) or "Nothing was measured.",
         "## Parity with the checkpoint",
-        _parity(stamps) or "No build was verified.",
+        _parity(bundle.root / STAMP, stamps) or "No build was verified.",
         "## Use",
         f"```\ntinyllava-edge run . --build {first.name} --image cat.jpg 'What is this?'\n```",
     ]
@@ -204,13 +206,15 @@ def _bundle_card(bundle: Bundle, samples: Sequence[Sample]) -> str:
     return "\n\n".join(part for part in [*parts, hosts] if part) + "\n"
 
 
-def _checkpoint_card(root: Path, spec: ModelSpec, samples: Sequence[Sample], names: Sequence[str]) -> str:
+def _checkpoint_card(root: Path, spec: ModelSpec, results: Sequence[Path], names: Sequence[str]) -> str:
+    samples = read_results(list(results))
     size = sum((root / name).stat().st_size for name in names if name.endswith(_WEIGHTS))
     reference = summarise(samples).reference
-    parts = [f"# {spec.name}", _what(spec), f"Weights: {formats.mega(size)} MB of safetensors."]
+    parts = [f"# {cell(spec.name)}", _what(spec), f"Weights: {formats.mega(size)} MB of safetensors."]
     if reference is not None:
         heads = ("precision", "size, MB", "accuracy", "first token, ms", "peak memory, MB", "verified")
-        parts += ["## Measured", _table(heads, [_row(reference.build, size, reference, None)]), _measured_on(samples)]
+        table = _table(heads, [_row(reference.build, size, reference, None)])
+        parts += ["## Measured", table, _measured_on(results, samples)]
     model = _STOCK if _is_stock(root) else "TinyLlava"
     origin = "transformers" if _is_stock(root) else "tinyllava_edge.model"
     parts += [
@@ -229,7 +233,8 @@ def _what(spec: ModelSpec) -> str:
     policy = {"warp": "stretched", "crop": "cropped", "pad": "padded"}[spec.image_policy]
     side = spec.image_size
     return (
-        f"A TinyLLaVA: {spec.vision_family} tower, {spec.connector} connector and {spec.llm_family} language model. "
+        f"A TinyLLaVA: {spec.vision_family} tower, {cell(spec.connector)} connector and {cell(spec.llm_family)} "
+        "language model. "
         f"A picture is {policy} to {side} x {side} pixels and becomes {spec.visual_tokens} tokens."
     )
 
@@ -253,33 +258,44 @@ def _yes(stamp: Any) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [heads, ["---"] * len(heads), *([cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _measured_on(samples: Sequence[Sample]) -> str:
+def _measured_on(results: Sequence[Path], samples: Sequence[Sample]) -> str:
     """Where the numbers come from; the 95 % intervals stand in brackets."""
     if not samples:
         return "Nothing was measured."
-    machines = [s.detail.get("cpu", {}).get("model") for s in samples if s.kind == "environment"]
-    named = ", ".join(sorted({str(machine) for machine in machines if machine}))
+    found = [s.detail.get("cpu") or {} for s in samples if s.kind == "environment"]
+    if not all(isinstance(cpu, Mapping) for cpu in found):
+        files = ", ".join(map(str, results))
+        raise DataError(f"{files}: an environment line's `cpu` is no table", "measure again with this version")
+    named = ", ".join(sorted({cell(str(cpu["model"])) for cpu in found if cpu.get("model")}))
     return (
         f"Measured on {named or 'an unnamed machine'}; 95 % intervals in brackets, medians of the time to first token."
     )
 
 
-def _parity(stamps: Mapping[str, Any]) -> str:
-    """What `verify` measured of each build: stages as columns."""
+def _parity(path: Path, stamps: Mapping[str, Any]) -> str:
+    """What `verify` measured of each build: stages as columns. Raises BundleError that names the stamp's file."""
     rows = []
     for name, stamp in stamps.items():
         checks = stamp.get("checks") if isinstance(stamp, Mapping) else None
-        gated = [check for check in checks or () if isinstance(check, Mapping) and check.get("gated")]
-        for check in gated:
-            rows.append((name, str(check.get("stage")), formats.limit(check), _numbers(check)))
+        if not isinstance(checks, list | None):
+            raise BundleError(f"{path}: the checks of {name[:40]!r} are no list", "run `verify` again")
+        for check in [check for check in checks or () if isinstance(check, Mapping) and check.get("gated")]:
+            try:
+                rows.append((name, str(check.get("stage")), formats.limit(check), _numbers(check)))
+            except ValueError as error:
+                raise BundleError(f"{path}: a check of {name[:40]!r} has {error}", "run `verify` again") from error
     return _table(("build", "stage", "allowed", "measured"), rows) if rows else ""
 
 
 def _numbers(check: Mapping[str, Any]) -> str:
+    """What one check measured. Raises ValueError where that is no number."""
+    for key in ("max_abs", "relative", "cosine", "share"):
+        if not formats.is_number(check.get(key)):
+            raise ValueError(f"{key} = {str(check[key])[:80]!r}")
     shown = {
         "largest": formats.tiny(check.get("max_abs")),
         "relative": formats.tiny(check.get("relative")),

@@ -116,7 +116,7 @@ class ModelSpec:
     embedding_dim: int
     """width of an image embedding = hidden size of the language model"""
     connector: str
-    """connector name, e.g. `mlp2x_gelu`"""
+    """connector name, e.g. `mlp2x_gelu`, or `ldpv2-144` where it ends in the visual tokens"""
     template: str
     """conversation template in `prompt.TEMPLATES`"""
     max_length: int
@@ -192,6 +192,13 @@ COMPATS = ("native", "factory", "legacy")
 RESAMPLES = ("bicubic", "bilinear")
 
 
+def named_tokens(connector: str) -> int | None:
+    """Visual tokens that a connector's name ends in: 144 of `ldpv2-144`; none of a name without."""
+    stem, _, count = connector.rpartition("-")
+    good = stem and count.isascii() and count.isdigit() and len(count) <= 5 and count[0] != "0"
+    return int(count) if good else None
+
+
 def _check_spec(spec: ModelSpec, where: str) -> None:
     limits = {
         "image_size": 4096,
@@ -203,6 +210,10 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
     for name, limit in limits.items():
         if not 0 < getattr(spec, name) <= limit:
             raise CheckpointError(f"{where}: {name}={getattr(spec, name)} is outside 1..{limit}", "restore the file")
+    if named_tokens(spec.connector) not in (None, spec.visual_tokens):
+        raise CheckpointError(
+            f"{where}: visual_tokens={spec.visual_tokens} with the connector {spec.connector!r}", "restore the file"
+        )
     if not 0 <= spec.crop_resize <= 4096 or 0 < spec.crop_resize < spec.image_size:
         raise CheckpointError(
             f"{where}: crop_resize={spec.crop_resize} for pictures of {spec.image_size}", "restore the file"

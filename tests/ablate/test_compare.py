@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,20 @@ from tinyllava_edge.errors import DataError
 from .conftest import Results, name_of, records
 
 TASK = "llava_json"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("parameters", None), ("parameters", "7"), ("stages", [1]), ("stages", [{"seconds": "x"}]), ("seed", "1")],
+)
+def test_a_damaged_cell_is_named(results: Results, key: str, value: Any) -> None:
+    samples = results({("linear", "base"): {0: [0]}, ("mlp", "base"): {0: [0]}})
+    lines = [
+        dataclasses.replace(s, detail={**s.detail, key: value}) if s.kind == "command" and "cell" in s.detail else s
+        for s in samples
+    ]
+    with pytest.raises(DataError, match=key):
+        summarise(lines)
 
 
 def every(step: int, start: int = 0) -> list[int]:
@@ -93,7 +108,7 @@ def test_no_finished_cell_and_no_grid_are_errors(results: Results) -> None:
     with pytest.raises(DataError, match="0 grids"):
         summarise(lines[1:])
     broken = [dataclasses.replace(line, detail={**line.detail, "axes": {}}) for line in lines[1:2]]
-    with pytest.raises(DataError, match="lacks its axes"):
+    with pytest.raises(DataError, match="no usable axes"):
         summarise([lines[0], *broken, *lines[2:]])
 
 
@@ -114,6 +129,18 @@ def test_files_are_drawn_and_the_same_results_draw_the_same(results: Results, tm
     assert "![Ablation of connectors (paper: Figure 6)](figures/connector.png)" in table
     assert "| connector | linear | mlp |" in table and "tinyllava-edge ablate grid.toml -o out" in table
     assert as_json(found)["effects"][0]["verdict"] == BETTER
+
+
+def test_one_seed_says_what_it_cannot_say(results: Results, tmp_path: Path) -> None:
+    """Table and page: a verdict from one training is about these models."""
+    once = {("linear", "base"): {0: every(3)}, ("mlp", "base"): {0: every(5)}}
+    twice = {key: {**seeds, 1: every(4)} for key, seeds in once.items()}
+    for name, wrong, alone in (("one", once, True), ("two", twice, False)):
+        draw(results(wrong), tmp_path / name)
+        for file in (TABLE, PAGE):
+            text = " ".join((tmp_path / name / file).read_text().replace("&#39;", "'").split())
+            assert ("one seed can't say" in text) is alone, (name, file)
+            assert ("the same sign with every seed" in text) is not alone, (name, file)
 
 
 def test_names_that_look_like_markup_stay_text(results: Results, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava_edge.ablate.backbones import cell_spec
 from tinyllava_edge.ablate.data import DataFiles, count_packs, prepare_data
 from tinyllava_edge.ablate.grid import Data, Scale
 from tinyllava_edge.ablate.grid_toml import read_grid
@@ -73,6 +74,18 @@ def test_the_product_in_order_with_its_names(folder: Path) -> None:
     assert str(folder) not in json.dumps(grid.facts())
 
 
+def test_connectors_with_fewer_tokens(folder: Path) -> None:
+    """Their count is part of the name, and of the cell's spec; a Q-Former's own options are read."""
+    text = GRID.replace('"linear"', '"avgpool-16"').replace('kind = "resampler"', 'kind = "qformer-5"')
+    text = text.replace("num_queries = 16", "hidden_size = 64\nnum_heads = 2").replace(".linear.", ".avgpool-16.")
+    (folder / "grid.toml").write_text(text)
+    grid = read_grid(folder / "grid.toml")
+    assert grid.connectors[1].options == {"hidden_size": 64, "num_heads": 2, "num_layers": 1}
+    found = {cell.connector.kind: cell_spec(cell) for cell in grid.cells()}
+    assert {kind: spec.visual_tokens for kind, spec in found.items()} == {"avgpool-16": 16, "qformer-5": 5}
+    assert found["avgpool-16"].connector == "avgpool-16"
+
+
 def test_the_shipped_grid_is_two_by_two_by_two() -> None:
     grid = read_grid(REPOSITORY / "train" / "ablate" / "nano.toml")
     assert len(grid.cells()) == 8
@@ -106,6 +119,13 @@ WRONG = {
     "seed": ("[0, 7]", "[-1]", "at least 0"),
     "baseline": ("few.base-nano.mine", "few.base.mine", "is no cell"),
     "unused table": ('["linear", "few"]', '["linear"]', "[connectors.few] is not named in [grid]"),
+    "type of like": ("[connectors.few]", '[towers.clip]\nlike = []\npath = "x"\n[connectors.few]', "= [] is unknown"),
+    "type of kind": ('kind = "resampler"', "kind = []", "unknown kind []"),
+    "stage": ("[scale.stages.finetune]", "[scale.stages.nosuch]", "'nosuch', which no recipe has"),
+    "renamed stages": ('precision = "fp32"', 'name = "../../x"', "renames a stage"),
+    "renamed stage": ("batch_size = 4", 'name = "x"', "renames a stage"),
+    "epochs of a stage": ("{ pretrain = 1", "{ pretain = 1", "'pretain', which no recipe has"),
+    "steps of a stage": ("{ share-pretrain", "{ share = 1, share-pretrain", "'share', which no recipe has"),
     "limit": ("[eval]", "[eval]\nlimit = 0", "at least 1"),
 }
 
@@ -121,6 +141,17 @@ def test_a_wrong_grid_is_refused(case: str, folder: Path) -> None:
     assert message in error.value.message and error.value.hint
     if "recipe" not in case:  # recipes.load names the recipe
         assert str(path) in error.value.message
+
+
+def test_a_stage_whose_name_is_no_directory_is_refused(folder: Path) -> None:
+    stage = 'name = "{}"\ntemplate = "{}"\ntrains = "connector"\nlearning_rate = 1e-3\nbatch_size = 2\n'
+    stages = ("pretrain", "pretrain"), ("../../x", "model"), ("finetune", "model")
+    text = "".join("[[stages]]\n" + stage.format(*names) for names in stages)
+    (folder / "mine.toml").write_text(f'name = "mine"\n{text}')
+    grid = GRID.replace('"base-nano", ', '"mine", ').replace("few.base-nano", "few.mine")
+    (folder / "grid.toml").write_text(grid + '[recipes.mine]\nfile = "mine.toml"\n')
+    with pytest.raises(UsageError, match=r"'\.\./\.\./x': names are letters"):
+        read_grid(folder / "grid.toml")
 
 
 def test_a_missing_or_binary_grid_is_refused(tmp_path: Path) -> None:

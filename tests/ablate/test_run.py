@@ -19,7 +19,7 @@ from tinyllava_edge.ablate.compare import summarise
 from tinyllava_edge.ablate.grid_toml import read_grid
 from tinyllava_edge.ablate.work import Outcome
 from tinyllava_edge.benchmarks.results import AnswerRecord, read_results
-from tinyllava_edge.errors import StorageError
+from tinyllava_edge.errors import StorageError, TinyLlavaEdgeError
 
 # `identity` can't join a tower of 192 to a language model of 256
 GRID = """
@@ -73,6 +73,20 @@ def test_a_dry_run_prints_cells_steps_and_time_and_writes_nothing(folder: Path, 
     assert estimates[0].steps == {"pretrain": 2, "finetune": 2}
     assert estimates[1].steps == {"pretrain": 2, "share-pretrain": 2, "finetune": 2}
     assert all(item.seconds > 0 for item in estimates)
+
+
+@pytest.mark.parametrize("changed", ["batch_size = 0", 'learning_rate = "fast"'])
+def test_a_dry_run_of_what_can_not_be_done_fails(
+    changed: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tinyllava_edge.cli_ablate import ablate
+
+    (folder / "wrong.toml").write_text(GRID.replace("batch_size = 2", changed))
+    with pytest.raises(TinyLlavaEdgeError, match=r"4 cells .* first siglip\.nano\.linear.*stage pretrain: ") as caught:
+        ablate(folder / "wrong.toml", tmp_path / "out", dry_run=True, as_json=True)
+    assert caught.value.exit_code == 1 and not (tmp_path / "out").exists()
+    told = json.loads(capsys.readouterr().out)
+    assert [item["failed"] for item in told] == [True] * 4 and changed.split()[0] in told[0]["state"]
 
 
 def test_one_failing_cell_costs_no_other_and_finished_work_is_kept(

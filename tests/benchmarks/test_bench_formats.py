@@ -50,6 +50,8 @@ def test_rows_are_one_per_build_and_test_with_builds_side_by_side() -> None:
     assert (ttft.median, ttft.n, ttft.unit, ttft.n_prompt, ttft.n_gen) == (100.5, 4, "ms", 70, 16)
     assert ttft.mad == 1.0 and ttft.p90 == pytest.approx(101.7) and ttft.avg == statistics.fmean(values)
     assert ttft.low is not None and ttft.high is not None and 98 <= ttft.low <= 100.5 <= ttft.high <= 102
+    assert (ttft.p10, rows[4].p90) == (None, None)
+    assert rows[4].p10 == pytest.approx(1312.0)  # 1000, 2040, 2940, 4040: a rate's slow tail is the low one
     assert ttft.cv == pytest.approx(statistics.stdev(values) / statistics.fmean(values)) and not ttft.noisy
     pp = rows[4]
     assert (pp.n_prompt, pp.n_gen, pp.n_threads, pp.noisy) == (512, None, 2, True)  # 100 to 400: over 10 %
@@ -58,9 +60,58 @@ def test_rows_are_one_per_build_and_test_with_builds_side_by_side() -> None:
     assert (ttft.model_size, ttft.model_name, ttft.cpu_info) == (9_000_000, "Tiny", "Example")
 
 
-def test_variation() -> None:
-    assert formats.variation([1.0]) is None and formats.variation([0.0, 0.0]) is None
-    assert formats.variation([9.0, 11.0]) == pytest.approx(2**0.5 / 10)
+def run(factors: dict[str, float], rounds: int = 20, stage: str = "total_ms", unit: str = "ms") -> list[Sample]:
+    """Builds in rounds, each so many times as slow as the first; the load of a round meets all of them."""
+    found = [Sample("size", "edge", build, "total", 1e6, "bytes") for build in factors]
+    for number in range(rounds):
+        load = 1 + number % 7 / 3
+        for place, (build, factor) in enumerate(list(factors.items())[:: 1 - 2 * (number % 2)]):  # orders differ
+            value = 100 * load * factor * (1 + (number * 5 + place * 3) % 11 / 200)
+            value = value if unit == "ms" else 1000 / value
+            found.append(Sample("latency", "edge", build, stage, value, unit, number, detail={"run": "r1"}))
+    return found
+
+
+@pytest.mark.parametrize(("stage", "unit"), [("total_ms", "ms"), ("tg8@t2", "tokens/s")])
+def test_each_build_is_compared_with_the_first_one_round_by_round(stage: str, unit: str) -> None:
+    """Load changes by a factor of three meanwhile, so that the intervals of the medians overlap; the pairs don't."""
+    lines = run({"first": 1.0, "slow": 1.1, "same": 1.0}, 21, stage, unit)
+    rows = {row.build: row for row in formats.rows(lines) if row.test == stage}
+    assert list(rows) == ["first", "slow", "same"]
+    slow, first = rows["slow"], rows["first"]
+    assert slow.low and slow.high and first.low and first.high and first.low < slow.high and slow.low < first.high
+    assert (first.verdict, first.against) == ("", "") and slow.against == "first"
+    assert slow.verdict.startswith("slower by ") and rows["same"].verdict == "not distinguishable"
+    text = formats.markdown(formats.rows(lines))
+    assert "| against first |" in text and f"| {slow.verdict} |" in text
+    few = formats.rows(run({"first": 1.0, "slow": 2.0}, 5, stage, unit))
+    assert next(row.verdict for row in few if row.build == "slow" and row.test == stage) == "too few rounds"
+    assert {row.verdict for row in formats.rows(run({"first": 1.0}))} == {""}
+
+
+def test_rows_are_in_the_order_of_the_command_not_of_the_first_round() -> None:
+    """A round's order is drawn: the plain stage comes first and builds stay as they were named, all the same."""
+    first = [Sample("size", "edge", build, "total", 1e6, "bytes") for build in ("b", "a")]
+    drawn = [("a", "pp8@t10"), ("b", "pp8@t2"), ("a", "pp8"), ("b", "pp8@t10"), ("a", "pp8@t2"), ("b", "pp8")]
+    drawn += [("a", "ttft_ms@640x480"), ("a", "ttft_ms")]
+    rows = formats.rows([*first, *(Sample("latency", "edge", build, stage, 5.0, "tokens/s") for build, stage in drawn)])
+    tests = [(test, build) for test in ("pp8", "pp8@t2", "pp8@t10") for build in ("b", "a")]
+    assert [(row.test, row.build) for row in rows[2:]] == [*tests, ("ttft_ms", "a"), ("ttft_ms@640x480", "a")]
+
+
+def test_two_samples_are_never_flagged() -> None:
+    """The same minimum as in the report, so that its `*` and this table's `!` agree."""
+    two = [s for s in samples() if s.stage != "pp512" or s.sample < 2]
+    row = next(row for row in formats.rows(two) if row.test == "pp512")
+    assert row.n == 2 and not row.noisy and row.cv is None
+
+
+def test_coarse_energy_is_no_number() -> None:
+    told = {"source": "battery: BAT0 (energy)", "reason": "battery: BAT0 (energy): the counter did not move"}
+    lines = [Sample("energy", "edge", "b", "answer", None, "J", n, "e", detail=told) for n in range(198)]
+    lines += [Sample("energy", "edge", "b", "answer", 36.0, "J", n, "e", detail={"source": "b"}) for n in (198, 199)]
+    (row,) = formats.rows(lines)
+    assert row.median is None and row.n == 0 and "too coarse" in row.reason
 
 
 def test_markdown_flags_noise_and_keeps_its_columns() -> None:
@@ -69,7 +120,7 @@ def test_markdown_flags_noise_and_keeps_its_columns() -> None:
     widths = {line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}
     assert len(widths) == 1 and "n_threads" in lines[0] and "image_size" not in lines[0]
     pp = next(line for line in lines if line.startswith("| pp512"))
-    assert "!" in pp and "tokens/s" in pp and "! scatters by more than 10 %" in text
+    assert "!" in pp and "tokens/s" in pp and "| p10 1,312 |" in pp and "! scatters by more than 10 %" in text
     assert "!" not in next(line for line in lines if line.startswith("| ttft_ms"))
     assert "not measured: RAPL: not there" in text and "123.0 MB" in text
     assert formats.markdown([]).count("\n") == 2
@@ -114,3 +165,16 @@ def test_one_sample_has_no_interval() -> None:
     assert replace(row, median=None, reason="x|y") and "x\\|y" in formats.markdown(
         [replace(row, median=None, reason="x|y")]
     )
+
+
+def test_lines_of_a_machine_that_writes_anything() -> None:
+    """Types that nobody asked for cost a cell, not the table; a spreadsheet computes nothing."""
+    machine = Sample("environment", environment_id="e", detail={"cpu": [1], "runtime": "x"})
+    odd = {"n_threads": {}, "prompt_tokens": [], "max_tokens": {"a": 1}}
+    line = Sample("latency", "edge", '=HYPERLINK("x")', "ttft_ms", 1.0, "ms", 0, "e", detail=odd)
+    tests = [replace(line, stage=stage) for stage in ("tg\u00b2", "pp" + "9" * 5000, "ttft_ms@t" + "9" * 5000)]
+    table = formats.rows([machine, line, *tests])
+    assert {(row.n_threads, row.n_prompt, row.n_gen, row.cpu_info) for row in table} == {(None, None, None, "")}
+    for draw in formats.FORMATS.values():
+        assert draw(table)
+    assert "'=HYPERLINK" in formats.FORMATS["csv"](table)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllava_edge.benchmarks.budget import check, parse_budget
+from tinyllava_edge.benchmarks.budget import check, check_measured, parse_budget
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.errors import UsageError
 
@@ -93,3 +93,31 @@ def test_what_cant_be_read_doesnt_pass() -> None:
 def test_accuracy_is_for_the_report() -> None:
     with pytest.raises(UsageError, match="drop"):
         check(parse_budget("drop=1"), [])
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "memory", "words"),
+    [
+        ("rss=1GB", True, False, "rss with --no-memory"),
+        ("size=1GB,ttft=5ms", False, True, "ttft with -p or -n alone"),
+        ("total=5ms", False, True, "total with -p or -n alone"),
+        ("energy=5J", False, True, "energy with -p or -n alone"),
+        ("drop=1", True, True, "drop"),
+    ],
+)
+def test_what_a_run_will_not_measure_is_refused_before(text: str, answers: bool, memory: bool, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_measured(parse_budget(text), answers=answers, memory=memory)
+
+
+def test_what_a_run_will_measure_is_not_refused() -> None:
+    check_measured(parse_budget("rss=1GB,ttft=5ms,total=9ms,energy=5J,size=1MB"), answers=True, memory=True)
+    check_measured(parse_budget("size=1MB"), answers=False, memory=False)
+
+
+def test_a_median_of_a_coarse_counter_does_not_pass() -> None:
+    still = {"source": "battery: B", "reason": "battery: B: the counter did not move"}
+    lines = [Sample("energy", "edge", "a", "answer", None, "J", n, "e", detail=still) for n in range(9)]
+    lines.append(Sample("energy", "edge", "a", "answer", 3.0, "J", 9, "e", detail={"source": "battery: B"}))
+    [found] = check(parse_budget("energy=5J"), lines)
+    assert not found.passed and found.value is None and "too coarse" in found.reason

@@ -56,8 +56,15 @@ def test_throttled() -> None:
     cool, hot = {"throttle_counts": {"core": 3}}, {"throttle_counts": {"core": 5}}
     assert conditions.throttled(cool, hot) is True and conditions.throttled(cool, cool) is False
     assert conditions.throttled({"throttle_counts": None}, hot) is None
-    slow = {"gpu": [{"slowed_by": ["heat"]}]}
-    assert conditions.throttled({}, slow) is True and conditions.throttled({}, {"gpu": [{"slowed_by": []}]}) is False
+
+
+def test_an_idle_gpu_says_nothing_about_the_run() -> None:
+    """Its state is read before and after, when nothing runs: only that it was slowed means something."""
+    idle, slow = {"gpu": [{"slowed_by": []}]}, {"gpu": [{"slowed_by": ["heat"]}]}
+    cool = {"throttle_counts": {"core": 3}}
+    assert conditions.throttled({}, slow) is True and conditions.throttled(idle, idle) is None
+    assert conditions.throttled({**cool, **idle}, {**cool, **idle}) is None  # the processor wasn't, but the GPU?
+    assert conditions.throttled({**cool, **idle}, {"throttle_counts": {"core": 4}}) is True
 
 
 def test_this_machine_s_state_is_json() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tinyllava_edge.benchmarks import energy, nvml
-from tinyllava_edge.benchmarks.energy import open_meter
+from tinyllava_edge.benchmarks.energy import open_meter, whole_readings
+from tinyllava_edge.benchmarks.results import Sample
 
 
 def put(root: Path, **files: object) -> Path:
@@ -131,10 +132,10 @@ def test_charge_times_the_mean_voltage(tmp_path: Path) -> None:
 
 
 class FakeLibrary:
-    """One GPU, called as the real library is called."""
+    """GPUs, called as the real library is called; processes 41 and 42 are on the last one."""
 
-    def __init__(self, energy: bool = True) -> None:
-        self.mj, self.has_energy, self.closed = 1000, energy, False
+    def __init__(self, energy: bool = True, gpus: int = 1) -> None:
+        self.mj, self.has_energy, self.closed, self.gpus = 1000, energy, False, gpus
 
     def __getattr__(self, name: str) -> object:
         if name not in ("nvmlInit_v2", "nvmlShutdown", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2",
@@ -146,16 +147,19 @@ class FakeLibrary:
     def call(self, name: str, arguments: list[object]) -> int:
         last = arguments[-1] if arguments else None
         if name == "nvmlDeviceGetCount_v2":
-            last.value = 1  # type: ignore[union-attr]
+            last.value = self.gpus  # type: ignore[union-attr]
         elif name == "nvmlDeviceGetHandleByIndex_v2":
-            last.value = 7  # type: ignore[union-attr]
+            last.value = 7 + arguments[0].value  # type: ignore[union-attr, attr-defined]
         elif name == "nvmlDeviceGetTotalEnergyConsumption":
             if not self.has_energy:
                 return 3
-            last.value = self.mj  # type: ignore[union-attr]
+            last.value = self.mj * (arguments[0].value - 6)  # type: ignore[union-attr, attr-defined]
         elif name == "nvmlDeviceGetMemoryInfo":
             last.used = 5 << 30  # type: ignore[union-attr]
         elif name == "nvmlDeviceGetComputeRunningProcesses_v3":
+            if arguments[0].value != 6 + self.gpus:  # type: ignore[attr-defined]
+                arguments[1].value = 0  # type: ignore[attr-defined]
+                return 0
             arguments[1].value = 2  # type: ignore[attr-defined]
             for place, (pid, used) in enumerate([(41, 1 << 20), (42, 3 << 20)]):
                 last[place].pid, last[place].used = pid, used  # type: ignore[index]
@@ -183,7 +187,48 @@ def test_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = found.state(0)
     assert state["temperature_c"] == 61 and state["clock_mhz"] is None and state["slowed_by"] is None
     library.has_energy = False
-    assert "NVML: no GPU with an energy counter" in open_meter(tmp_path / "empty", gpu=True).reason
+    assert open_meter(tmp_path / "empty", gpu=True).reason == "NVML: GPU 0 has no energy counter"
+
+
+def test_a_gpu_build_has_no_joules_without_its_gpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's counter alone would pass for the energy of an answer that a GPU made."""
+    rapl(tmp_path, "intel-rapl:0", "package-0", 0)
+    for library, reason in ((nvml.Nvml(FakeLibrary(energy=False)), "GPU 0 has no energy counter"), (None, "no GPU")):
+        monkeypatch.setattr(nvml, "load", lambda found=library: found)
+        with open_meter(tmp_path, gpu=True) as meter, meter.measure() as reading:
+            pass
+        assert reading.joules is None and reading.reason == f"NVML: {reason}" and reading.source == ""
+    assert open_meter(tmp_path).source == "rapl: package-0"  # a build on the processor is not charged for a GPU
+
+
+def test_only_the_gpus_that_the_process_is_on_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = FakeLibrary(gpus=3)
+    monkeypatch.setattr(nvml, "load", lambda: nvml.Nvml(library))
+    with open_meter(tmp_path, gpu=True, pid=42) as meter, meter.measure() as reading:
+        library.mj += 1000  # the third GPU counts three times as fast
+    assert reading.source == "nvml: GPU 2" and reading.joules == pytest.approx(3.0)
+    assert open_meter(tmp_path, gpu=True, pid=1).reason == "NVML: can't tell which of 3 GPUs this process is on"
+
+
+def test_a_coarse_battery_gives_no_typical_energy(tmp_path: Path) -> None:
+    """Steps of 36 J, answers of 0.5 J: the two of 200 answers that saw a step are not typical ones of 36 J."""
+    own = battery(tmp_path, energy_now=40_000_000)
+    meter, samples, taken = open_meter(tmp_path), [], 0.0
+    for number in range(200):
+        with meter.measure() as reading:
+            taken += 0.5
+            put(own, energy_now=40_000_000 - int(taken // 36) * 10_000)
+        told = {"source": reading.source, "reason": reading.reason, "stood_still": reading.stood_still}
+        samples.append(Sample("energy", "edge", "b", "answer", reading.joules, "J", number, "e", detail=told))
+    seen = [s.value for s in samples if s.value is not None]
+    assert seen == [pytest.approx(36.0)] * 2
+    settled = whole_readings(samples)
+    assert {s.value for s in settled} == {None}
+    assert "battery: BAT0 (energy): too coarse, the counter did not move in 198 of 200" in settled[0].detail["reason"]
+    assert sum(s.detail["joules"] for s in settled) / 200 == pytest.approx(0.5, rel=0.4)  # nothing is dropped
+    assert energy.values(samples) == ([], settled[0].detail["reason"])  # files that were written before
+    fine = [s for s in samples if s.value is not None]
+    assert whole_readings(fine) == fine and energy.values(fine) == (seen, "")
 
 
 def test_this_machine(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tinyllava_edge.benchmarks.latency import bench
 from tinyllava_edge.benchmarks.results import Sample, read_results, write_results
+from tinyllava_edge.benchmarks.roofline import shares
 from tinyllava_edge.benchmarks.summary import STAGES, summarise
 from tinyllava_edge.errors import UsageError
 
@@ -17,14 +18,14 @@ BUILDS = ["fp32+f32", "fp32+q8_0"]
 @pytest.fixture(scope="module")
 def measured(tiny_bundle: Path, pictures: Path) -> list[Sample]:
     picture = pictures / "test-0.png"
-    return bench(tiny_bundle, picture=picture, question="what color is it?", repetitions=3, max_tokens=4, n_threads=1)
+    asked = {"question": "what color is it?", "repetitions": 3, "max_tokens": 4, "threads": [1], "loads": 2}
+    return bench(tiny_bundle, picture=picture, **asked)  # type: ignore[arg-type]
 
 
 def test_every_build_stage_and_round_is_there(measured: list[Sample], tmp_path: Path) -> None:
     ttft = [s for s in measured if s.stage == "ttft_ms"]
-    assert [(s.build, s.sample) for s in ttft] == [
-        (b, r) for r in range(3) for b in (BUILDS if r != 1 else BUILDS[::-1])
-    ]
+    assert [s.sample for s in ttft] == [0, 0, 1, 1, 2, 2]
+    assert sorted((s.build, s.sample) for s in ttft) == [(b, r) for b in BUILDS for r in range(3)]
     assert all(s.value is not None and s.value > 0 and s.unit == "ms" for s in ttft)
     for sample in ttft:
         parts = sum(
@@ -62,6 +63,7 @@ def test_what_was_asked_and_how_it_went(measured: list[Sample], pictures: Path) 
     before, after = (s.detail for s in measured if s.kind == "condition")
     assert {"temperature_c", "cpu_mhz", "governor", "load_average"} <= set(before) and set(before) <= set(after)
     assert (after["rounds"], after["stopped_by"]) == (3, "count and time") and after["seconds"] > 0
+    assert after["resolution"] is None and after["resolution_asked"] == 0.0  # three rounds can't tell
     assert before["run"] == after["run"] == detail["run"] != ""
     assert {"copy_gb_per_s", "gemm_f32_gflop_per_s"} <= {s.stage for s in measured if s.kind == "ceiling"}
     energy = [s for s in measured if s.kind == "energy"]
@@ -75,6 +77,8 @@ def test_summary_of_a_real_run(measured: list[Sample], tiny_bundle: Path) -> Non
     first = summary.builds[0]
     assert first.bytes == sum(p.stat().st_size for p in tiny_bundle.iterdir() if p.name in (
         "preprocess.onnx", "vision-fp32.onnx", "llm-f32.gguf"))  # fmt: skip
+    loads = [s for s in measured if s.stage in ("load_warm_ms", "load_cold_ms") and s.build == BUILDS[0]]
+    assert [s.sample for s in loads] == [0, 1, 0, 1]
     assert first.samples == 3 and first.memory["peak_rss"] > 20e6
     assert first.verified is None and summary.decision.build is None
     assert "not verified" in summary.decision.rejected["fp32+f32"]
@@ -102,12 +106,17 @@ def test_a_grid_pools_nothing(tiny_bundle: Path) -> None:
     threads = {s.detail["n_threads"]: s.environment_id for s in latency if "run" in s.detail}
     assert sorted(threads) == [1, 2] and len(set(threads.values())) == 2
     assert {s.environment_id for s in found if s.kind == "environment"} == set(threads.values())
+    roofs = {(s.environment_id, s.detail["n_threads"]) for s in found if s.kind == "ceiling"}
+    assert roofs == {(threads[1], 1), (threads[2], 2)}  # each number of threads has ceilings of its own
+    rows = {row.stage: row for row in shares(found)}
+    for stage in ("vision_ms", "vision_ms@t2", "pp16@t2", "tg4@t2"):
+        assert rows[stage].share_percent, stage
     sizes = {s.stage: s.detail["image_size"] for s in latency if s.stage.startswith("ttft_ms")}
     assert sizes["ttft_ms"] == "32x32" and sizes["ttft_ms@48x64@t2"] == "48x64"
 
 
 def test_the_decoders_tests_alone(tiny_bundle: Path) -> None:
-    found = bench(tiny_bundle, ["fp32+f32"], repetitions=1, prompt_tokens=[4], memory=False, n_threads=1)
+    found = bench(tiny_bundle, ["fp32+f32"], repetitions=1, prompt_tokens=[4], memory=False, threads=[1])
     assert {s.stage for s in found if s.kind == "latency"} == {"pp4"}
 
 
@@ -119,7 +128,7 @@ def test_refusals(tiny_bundle: Path, pictures: Path) -> None:
         ({"prompt_tokens": [4096]}, "-p 4096: the context has"),
         ({"image_sizes": ["64"]}, "--image has a size of its own"),
         ({"devices": ["tpu"]}, "tpu"),
-        ({"threads": [1], "n_threads": 1}, "both threads"),
+        ({"resolution": 1.0}, "--resolution 100"),
         ({"min_time_s": 3.0, "max_time_s": 1.0}, "shorter than"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -39,7 +39,7 @@ def measured(tiny_bundle: Path, picture: Path) -> tuple[list[Sample], float, flo
     ballast = bytearray(600 << 20)
     ballast[::4096] = b"x" * len(ballast[::4096])
     clock, own = time.perf_counter(), time.process_time()
-    found = measure(tiny_bundle, BUILD, picture, "what?", "e1", 1, max_tokens=2)
+    found = measure(tiny_bundle, BUILD, picture, "what?", "e1", 1, max_tokens=2, loads=2)
     seconds, used = time.perf_counter() - clock, time.process_time() - own
     assert ballast[4096] == ord("x")
     return found, seconds, used
@@ -61,11 +61,32 @@ def test_every_figure_is_there_and_fits_together(measured: tuple[list[Sample], f
 
 
 def test_a_cold_load_is_cold_or_says_why_not(measured: tuple[list[Sample], float, float]) -> None:
-    (cold,) = [s for s in measured[0] if s.stage == "load_cold_ms"]
-    if cold.value is None:
-        assert cold.detail["reason"]
-    else:
-        assert cold.value > 0 and cold.detail["cached_percent"] <= 1 and cold.detail["first_ttft_ms"] > 0
+    for cold in [s for s in measured[0] if s.stage == "load_cold_ms"]:
+        if cold.value is None:
+            assert cold.detail["reason"]
+        else:
+            assert cold.value > 0 and cold.detail["cached_percent"] <= 1 and cold.detail["first_ttft_ms"] > 0
+
+
+def test_loading_is_measured_several_times_and_memory_once(measured: tuple[list[Sample], float, float]) -> None:
+    for stage, numbers in (("load_warm_ms", [0, 1]), ("load_cold_ms", [0, 1]), ("peak_rss", [0])):
+        assert [s.sample for s in measured[0] if s.stage == stage] == numbers
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 5), (0.4 * memory_process.LOADING_S, 3), (60.0, 1)])
+def test_loads_are_bounded_by_time(seconds: float, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of processes that takes long isn't repeated as often; the first pair always runs."""
+    now = [0.0]
+
+    def answer(given: dict[str, object], build: str) -> dict[str, object]:
+        now[0] += seconds / 2
+        return {"memory": {"peak_rss": 1}, "detail": {}, "load_ms": 2.0, "first_ttft_ms": 3.0}
+
+    monkeypatch.setattr(memory_process, "_child", answer)
+    monkeypatch.setattr(memory_process.time, "monotonic", lambda: now[0])
+    found = measure(Path("b"), BUILD, Path("x.png"), "?")
+    assert [s.stage for s in found].count("load_warm_ms") == times == [s.stage for s in found].count("load_cold_ms")
+    assert [s.stage for s in found].count("peak_rss") == 1
 
 
 def test_the_parent_sleeps(measured: tuple[list[Sample], float, float]) -> None:

@@ -16,14 +16,20 @@ from tinyllava_edge import cli_eval
 from tinyllava_edge.benchmarks.compare import compare_files, read_runs
 from tinyllava_edge.benchmarks.evaluation import evaluate
 from tinyllava_edge.benchmarks.explain import explain
-from tinyllava_edge.benchmarks.out_file import check_replaceable, check_target, without_companions
+from tinyllava_edge.benchmarks.out_file import (
+    append_results,
+    check_replaceable,
+    check_target,
+    check_writable,
+    without_companions,
+)
 from tinyllava_edge.benchmarks.paper import write_paper_report
-from tinyllava_edge.benchmarks.results import Sample, write_results
+from tinyllava_edge.benchmarks.results import Sample, read_results, write_results
 from tinyllava_edge.benchmarks.run_file import Shard
 from tinyllava_edge.benchmarks.scoring import finish_file, merge_files
 from tinyllava_edge.benchmarks.tasks import find
 from tinyllava_edge.benchmarks.tasks.llava_json import EXACT
-from tinyllava_edge.errors import DataError, ImageError, UsageError
+from tinyllava_edge.errors import DataError, ImageError, StorageError, UsageError
 
 from .test_evaluation import Scripted, rows
 
@@ -221,3 +227,38 @@ def test_a_judge_without_a_place_for_its_replies_is_refused_before_anything_is_a
     check_judge([find("mmvet"), find("pope")], Asking(judge=judge, out=Path("x.jsonl")))
     with pytest.raises(UsageError, match="no task here"):
         check_judge([find("pope")], Asking(judge=judge, out=Path("x.jsonl")))
+
+
+LINE = Sample("latency", "edge", "b", "ttft_ms", 1.0, "ms")
+
+
+def test_lines_of_two_processes_both_stay(tmp_path: Path) -> None:
+    """Each reads what stands there when it writes, not when it began."""
+    import multiprocessing
+
+    target = tmp_path / "new" / "run.jsonl"
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        pool.starmap(append_results, [(target, [replace(LINE, sample=n)]) for n in range(12)])
+    assert sorted(sample.sample for sample in read_results([target])) == list(range(12))
+
+
+@pytest.mark.parametrize("spelled", ["file/run.jsonl", "pipe", "."])
+def test_impossible_places_are_refused_before(tmp_path: Path, spelled: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises((UsageError, StorageError), match=r"file|pipe|regular"):
+        check_writable(tmp_path / spelled)
+    check_writable(tmp_path / "a" / "b" / "run.jsonl")
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+        and (tmp_path / "file").read_text() == "mine"
+    )
+
+
+def test_what_cannot_be_written_is_kept_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text("no results\n")
+    with pytest.raises(DataError) as caught:
+        append_results(tmp_path / "run.jsonl", [LINE])
+    rescue = Path(caught.value.hint.rpartition("kept in ")[2])
+    assert read_results([rescue]) == [LINE] and (tmp_path / "run.jsonl").read_text() == "no results\n"
+    rescue.unlink()

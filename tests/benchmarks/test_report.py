@@ -131,7 +131,8 @@ def test_a_report_of_little(samples: list[Sample]) -> None:
 
 def test_markdown_and_png(page: Path) -> None:
     lines = page.with_name("t.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 + 6 and lines[6].startswith("| **int8+q8_0** | yes | 96.0 % | 0.0 | 2 worse, 2 better |")
+    row = "| **int8+q8_0** | yes | 96.0 % (94.1 to 97.3) | 0.0 (−0.7 to +0.7) | 2 worse, 2 better |"
+    assert len(lines) == 2 + 6 and lines[6].startswith(row)
     assert len({line.count("|") for line in lines}) == 1
     from PIL import Image
 

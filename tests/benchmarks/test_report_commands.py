@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tinyllava_edge.benchmarks import side_by_side as sides
 from tinyllava_edge.benchmarks import side_draw
-from tinyllava_edge.benchmarks.budget import parse_budget
-from tinyllava_edge.benchmarks.report_commands import write_report
+from tinyllava_edge.benchmarks.budget import QUANTITIES, parse_budget
+from tinyllava_edge.benchmarks.report_commands import summary_lines, write_report
 from tinyllava_edge.benchmarks.results import Sample, write_results
 from tinyllava_edge.benchmarks.summary import summarise
 from tinyllava_edge.errors import DataError, UsageError
@@ -58,9 +59,35 @@ def test_files_that_complete_each_other_are_joined(
     out = tmp_path / "report.html"
     assert write_report([files["answers"], files["times"]], out) == "ship int8+q8_0"
     text = out.read_text(encoding="utf-8")
-    assert "tinyllava-edge report answers.jsonl times.jsonl\n" in text and str(files["a"].parent) not in text
+    assert (
+        "tinyllava-edge report answers.jsonl times.jsonl -o report.html\n" in text
+        and str(files["a"].parent) not in text
+    )
     assert out.with_suffix(".md").is_file() and out.with_suffix(".png").is_file()
     assert f"Computed from {len(samples):,} raw samples" in text
+
+
+def test_nothing_that_is_read_or_foreign_is_overwritten(files: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("run.md", "run.html", "run.png"):
+        source = tmp_path / name
+        shutil.copy(files["a"], source)
+        with pytest.raises(UsageError, match="would overwrite"):
+            write_report([source], tmp_path / "run.html")
+        assert source.read_bytes() == files["a"].read_bytes()
+        source.unlink()
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"README\.md: stands there"):
+        write_report([files["a"]], tmp_path / "README.html")
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "README.html").exists()
+
+
+def test_a_stamp_without_checks_has_no_parity_table(samples: list[Sample], tmp_path: Path) -> None:
+    def stripped(sample: Sample) -> Sample:
+        return replace(sample, detail={"passed": True}) if sample.kind == "verify" else sample
+
+    write_results(tmp_path / "plain.jsonl", [stripped(sample) for sample in samples])
+    assert write_report([tmp_path / "plain.jsonl"], tmp_path / "report.html") == "ship int8+q8_0"
+    assert 'id="parity"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_budget_decides(files: dict[str, Path], tmp_path: Path) -> None:
@@ -94,11 +121,27 @@ def test_two_runs_are_seen_as_two_runs(files: dict[str, Path], tmp_path: Path) -
     assert "Shown side by side because" not in (tmp_path / "against.html").read_text(encoding="utf-8")
 
 
-def test_the_same_build_measured_twice_is_not_distinguishable(samples: list[Sample]) -> None:
-    found = sides.side_by_side(samples, again(samples), names=("A", "B"))
+def test_the_same_build_measured_twice_is_not_distinguishable(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the runs the machine became 2 % slower, which test and interval see: only the margin holds it back."""
+    rng = random.Random(3)
+    quiet = [
+        replace(s, value=20 * rng.lognormvariate(0, 0.002)) if s.kind == "latency" and s.stage == "ttft_ms" else s
+        for s in samples
+    ]
+    slower = [
+        replace(s, value=20.4 * rng.lognormvariate(0, 0.002)) if s.kind == "latency" and s.stage == "ttft_ms" else s
+        for s in samples
+    ]
+    found = sides.side_by_side(quiet, slower, names=("A", "B"))
     assert len(found.changes) == 6 and found.alone == ((), ()) and found.setting == ()
     verdicts = {change.times["ttft_ms"].verdict for change in found.changes if "ttft_ms" in change.times}
     assert verdicts == {"not distinguishable"} and len(side_draw.timed(found)) == 5
+    monkeypatch.setattr("tinyllava_edge.benchmarks.latency_compare.MARGIN", 0.0)
+    bare = sides.side_by_side(quiet, slower, names=("A", "B"))
+    called = [change.times["ttft_ms"].verdict for change in bare.changes if "ttft_ms" in change.times]
+    assert len(called) == 5 and all(verdict.startswith("slower by") for verdict in called)
     assert {pair.verdict for change in found.changes for pair in change.answers} == {"the same answers"}
 
 
@@ -138,6 +181,64 @@ def test_times_of_unlike_runs_are_marked(files: dict[str, Path], samples: list[S
     assert said.endswith(
         "Beware: threads, picture's size differ between the runs, so their times are not like for like."
     )
+    other = [
+        replace(s, detail={**s.detail, "prompt_sha256": "ab"}) if s.stage == "ttft_ms" else s for s in again(samples)
+    ]
+    asked = [replace(s, detail={**s.detail, "prompt_sha256": "cd"}) if s.stage == "ttft_ms" else s for s in samples]
+    assert sides.unlike(sides.side_by_side(asked, other)) == ["question"]
+
+
+def test_a_busier_machine_is_named(samples: list[Sample]) -> None:
+    """The load before or after one of the runs was another one; a small difference is none."""
+
+    def loaded(lines: list[Sample], before: float, after: float) -> list[Sample]:
+        spans = (("before", before), ("after", after))
+        return [*lines, *(Sample("condition", stage=s, detail={"load_average": [load, 1.0, 1.0]}) for s, load in spans)]
+
+    few = [s for s in samples if s.kind in ("environment", "latency") and s.build in ("", "int8+f16")]
+    calm = loaded(few, 0.2, 1.1)
+    busy = sides.side_by_side(calm, loaded(again(few), 5.3, 6.0))
+    assert ("load", "0.20 → 1.10", "5.30 → 6.00") in busy.setting and sides.unlike(busy) == ["load"]
+    assert sides.unlike(sides.side_by_side(calm, loaded(again(few), 0.4, 1.3))) == []
+    assert any("load differ between the runs" in line for line in summary_lines(busy))
+
+
+def test_too_few_rounds_are_said(samples: list[Sample]) -> None:
+    few = [s for s in samples if s.kind == "latency" and s.build == "int8+f16" and s.sample < 3]
+    (words, *_) = summary_lines(sides.side_by_side(few, again(few, 2.0, "int8+f16")))
+    assert words == "Times of 1 build: too few rounds to tell in 1 of 1 comparisons."
+
+
+def test_what_the_drawing_shows(samples: list[Sample]) -> None:
+    """A ratio of medians, or of rounds: the axis claims neither."""
+    few = [s for s in samples if s.kind == "latency" and s.build == "int8+f16"]
+    drawing = side_draw.ratio_svg(sides.side_by_side(few, again(few)))
+    assert "change of the time from A to B" in drawing and "median" not in drawing
+
+
+def test_the_page_says_how_it_was_made(files: dict[str, Path], samples: list[Sample], tmp_path: Path) -> None:
+    """Every flag that shapes it, and what verified the builds; where files lie stays unsaid."""
+    verified = {"int8+f16": {"passed": True, "checks": [], "samples": 1, "command": "tinyllava-edge verify B"}}
+    lines = [
+        replace(s, detail={**s.detail, "verified": verified}) if s.kind == "bundle" else s
+        for s in samples
+        if s.kind in ("bundle", "command", "environment", "size")
+    ]
+    (tmp_path / "my pictures").mkdir()
+    write_results(tmp_path / "a.jsonl", lines)
+    write_report([tmp_path / "a.jsonl"], tmp_path / "my.html", tmp_path / "my pictures", budget="size=9MB")
+    text = (tmp_path / "my.html").read_text(encoding="utf-8")
+    typed = text.partition("<h3>Every command</h3>")[2].partition("</pre>")[0]
+    own = "tinyllava-edge report a.jsonl --images &#39;my pictures&#39; --budget size=9MB -o my.html\n"
+    assert own in typed and str(tmp_path) not in typed
+    assert typed.index("tinyllava-edge verify B") < typed.index("tinyllava-edge bench") < typed.index(own)
+
+
+def test_help_names_every_limit_of_a_budget() -> None:
+    from tinyllava_edge.cli import app
+
+    said = CliRunner().invoke(app, ["report", "--help"]).output
+    assert all(f"{name}=" in said for name in QUANTITIES)
 
 
 def test_overlap_is_of_the_same_measurement(samples: list[Sample]) -> None:

@@ -161,7 +161,33 @@ def test_runs_with_other_settings_are_left_out(samples: list[Sample]) -> None:
     again = [replace(s, detail={**s.detail, "run": "r2"}) for s in times]
     row = summarise([*mine, *again]).builds[0]
     assert (row.samples, row.runs, row.left_out) == (30, 2, 0)  # the same settings: pooled, and said
-    assert "fp32+f16 pools 2 runs" in Page(report.html([*mine, *again], summarise([*mine, *again]))).text
+    pooled = summarise([*mine, *again])
+    said = Page(report.html([*mine, *again], pooled)).text
+    assert "fp32+f16 pools 2 runs" in said and "up to 2 runs are pooled" in said and "within one run" not in said
+    card = model_card_section(pooled)
+    assert "up to 2 runs pooled" in card and "within one run" not in card
+    alone = summarise(mine)
+    assert "within one run" in Page(report.html(mine, alone)).text and "within one run" in model_card_section(alone)
+
+
+def test_every_number_of_threads_is_shown(samples: list[Sample]) -> None:
+    """One machine, an evaluation on four threads and a measurement on two; its container's limits and engines."""
+    machine = next(s for s in samples if s.kind == "environment")
+    limits = {"cpu": "150000 100000", "memory": "2000000000"}
+    runtime = {**machine.detail["runtime"], "ggml_commit": "fe9c9ee", "ggml_version": "0.9.1"}
+    first = replace(machine, detail={**machine.detail, "limits": limits, "runtime": runtime})
+    second = replace(
+        first, environment_id="e4", detail={**first.detail, "runtime": {**runtime, "n_threads": 4, "kv_cache": "f16"}}
+    )
+    (found,) = report_machine.machines([first, second, first])
+    told = "threads 2 or 4; key-value cache f16; providers CPUExecutionProvider"
+    assert found["runtimes"] == {"edge runtime": told, "llama.cpp": "commit fe9c9ee; ggml 0.9.1"}
+    lines = [first, second, *(s for s in samples if s.kind in ("latency", "size"))]
+    limited = "memory 2,000 MB, processor 1.5 cores"
+    assert f"<dt>container limits</dt><dd>{limited}</dd>" in report.html(lines, summarise(lines))
+    card = model_card_section(summarise(lines))
+    assert f"container limits: {limited}" in card and "llama.cpp commit fe9c9ee" in card
+    assert report_machine.bounds({"cpu": None, "memory": "x"}) == report_machine.bounds(7) == "none"
 
 
 def test_plots_of_what_was_measured(summary: Summary) -> None:
@@ -270,6 +296,9 @@ def test_quantisation_map(samples: list[Sample]) -> None:
     assert quantisation_map([Sample("bundle", detail=odd), Sample("bundle", detail={"files": 7})], ["int8+f16"]) == []
 
 
+SPREAD = {"f32": [f"k{n}.{n % 500}.w" for n in range(15_000)]}  # every tensor a kind of its own
+
+
 def test_grid_of_tensors() -> None:
     """Tensors by kind and layer; what belongs to no layer beside them; names of another machine are bounded."""
     tensors = {
@@ -297,7 +326,7 @@ def test_grid_of_tensors() -> None:
     (row,) = quantisation_map([line], ["int8+q4_k_m"])
     assert {s.type: s.count for s in row.parts[0].segments} == {"q4_k": 3, "q6_k": 2, "f32": 1}
     assert bits("w4") == 4 and bits("w8") == 8
-    for odd in (7, {"f32": 7}, {"f32": [7, "", "x" * 201]}, {"f32": [f"t{n}" for n in range(20_001)]}):
+    for odd in (7, {"f32": 7}, {"f32": [7, "", "x" * 201]}, {"f32": [f"t{n}" for n in range(20_001)]}, SPREAD):
         assert tensor_grids([Sample("bundle", detail={"files": [{**file, "tensors": odd}]})], ["int8+q4_k_m"]) == []
 
 
@@ -394,6 +423,7 @@ def test_a_real_measurement_fills_the_page(tiny_bundle: Path) -> None:
     assert row.energy or row.energy_notes
     for words in ("pp8", "tg4", "image prefill", "text prefill", "decode", "share of the roofline", "Before and after"):
         assert words in page.text, words
+    assert "Without a share: " in page.text and "the file's compression decides" in page.text
     assert report_time.roofline_shares(samples)["cpu", row.build, "vision_ms"] > 0
     assert len(report_machine.conditions(samples)) == 1
     again = bench(tiny_bundle, repetitions=3, max_tokens=4, memory=False)  # a picture of 64 x 64 by default

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,10 @@ def test_answer_record_survives(tmp_path: Path) -> None:
         (to_line(SAMPLE).replace("12.5", "NaN"), "not valid JSON"),
         (to_line(SAMPLE).replace("12.5", "-1e999"), "not valid JSON"),
         (to_line(SAMPLE).replace("12.5", "1e18"), "below 1e18"),
-        (to_line(SAMPLE).replace("12.5", "1" + "0" * 400), "below 1e18"),
+        (to_line(SAMPLE).replace("12.5", "1" + "0" * 17 + "0"), "below 1e18"),
+        (to_line(SAMPLE).replace('"order": 1', f'"order": [{{"a": {2**63}}}]'), "beyond 64 bits"),
+        (to_line(SAMPLE).replace('"sample": 3', f'"sample": -{2**63}'), "beyond 64 bits"),
+        (to_line(SAMPLE).replace('"order": 1', '"order": 1' + "0" * 400), "beyond 64 bits"),
         (to_line(SAMPLE).replace('"e1"', '"\\ud800"'), "surrogates not allowed"),
         (to_line(Sample("bundle", detail={"verified": []})), "`verified` or `sha256`"),
         (to_line(Sample("bundle", detail={"sha256": 7})), "`verified` or `sha256`"),
@@ -87,3 +92,36 @@ def test_line_separators_and_a_kill_inside_a_character_are_survived(tmp_path: Pa
 def test_numbers_that_json_lacks_are_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         to_line(Sample("latency", value=float("nan")))
+
+
+def test_the_largest_whole_number_is_read(tmp_path: Path) -> None:
+    sample = Sample("latency", detail={"most": 2**63 - 1, "least": -(2**63) + 1, "sha256": "1" * 64, "float": 1e300})
+    write_results(tmp_path / "r.jsonl", [sample])
+    assert read_results([tmp_path / "r.jsonl"]) == [sample]
+
+
+def test_half_characters_are_written_out(tmp_path: Path) -> None:
+    """A file name that is no UTF-8 comes as such; the file that it is written to can be read again."""
+    odd = os.fsdecode(b"caf\xe9.png")
+    sample = Sample("command", build=odd, detail={"command": odd, odd: [{"a": "\ud800x"}], "whole": "café 😀"})
+    write_results(tmp_path / "r.jsonl", [sample])
+    (found,) = read_results([tmp_path / "r.jsonl"])
+    shown = "caf\\udce9.png"
+    assert found.build == shown and found.detail["command"] == shown and found.detail[shown] == [{"a": "\\ud800x"}]
+    assert found.detail["whole"] == "café 😀"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    def waited(number: int, frame: object) -> None:
+        raise AssertionError("it waits for somebody to write")
+
+    os.mkfifo(tmp_path / "pipe")
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(5)
+    try:
+        for path in (tmp_path / "pipe", tmp_path):
+            with pytest.raises(DataError, match="no regular file"):
+                read_results([path])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tinyllava_edge.benchmarks import stats
+from tinyllava_edge.benchmarks.paired import compare_pair
 from tinyllava_edge.benchmarks.results import AnswerRecord
 from tinyllava_edge.errors import DataError, UsageError
 
@@ -62,6 +63,21 @@ def test_median_interval_holds_the_median_and_repeats_itself() -> None:
     assert min(values) <= first.low and first.high <= max(values)
 
 
+def test_median_interval_takes_little_memory() -> None:
+    """2,000 resamples of 200,000 values would be 6 GB at once; in pieces the draws are the same."""
+    import tracemalloc
+
+    values = list(np.random.default_rng(1).normal(10, 1, 20_000))
+    tracemalloc.start()
+    found = stats.median_interval(values, resamples=400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6 and found.low < found.estimate < found.high
+    draws = np.random.default_rng(0).integers(0, 20_000, (400, 20_000))
+    bounds = np.quantile(np.median(np.asarray(values)[draws], axis=1), (0.025, 0.975))
+    assert np.allclose((found.low, found.high), bounds)
+
+
 def test_median_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = sum(
@@ -98,8 +114,19 @@ def test_difference_is_bootstrapped_over_pictures() -> None:
     spread = [record(str(k), "no" if k % 10 == 0 else "yes", image=f"{k // 10}.png") for k in range(100)]
     one, ten = stats.flips(before, together).difference, stats.flips(before, spread).difference
     assert one.estimate == ten.estimate == pytest.approx(-10)
-    assert (ten.low, ten.high) == pytest.approx((-10, -10))
+    assert -15 < ten.low < -10 < ten.high < -5  # all pictures changed alike, which is no proof that the next one will
     assert one.low < -20 and one.high == 0
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 100])
+def test_no_flip_is_no_proof_of_none(pictures: int) -> None:
+    """The interval has a width, the narrower the more pictures, and is the one that `paired` gives."""
+    answers = [record(str(k), "yes", image=f"{k % pictures}.png") for k in range(100)]
+    gap = stats.flips(answers, answers).difference
+    assert gap.low < gap.estimate == 0 < gap.high and gap.low == pytest.approx(-gap.high, abs=1)
+    if pictures > 1:
+        other = compare_pair(answers, answers, names=("a", "b")).difference
+        assert other is not None and (gap.low, gap.high) == pytest.approx((other.low, other.high))
 
 
 @pytest.mark.parametrize("n", [2, 3, 17, 100])

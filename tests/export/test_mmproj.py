@@ -170,6 +170,10 @@ def refused(loaded: Checkpoint, tmp_path: Path, spec: ModelSpec | None = None, *
         ("linear", "GELU after the first layer"),
         ("mlp3x_gelu", "two linear layers"),
         ("resampler", "no graph"),
+        ("pixelshuffle-16", "other models' graphs"),
+        ("ldpv2-144", "24 x 24"),
+        ("avgpool-16", "other models' graphs"),
+        ("qformer-32", "Q-Former"),
         ("something", "no graph"),
     ],
 )

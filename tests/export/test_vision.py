@@ -16,8 +16,9 @@ from tinyllava_edge import checkpoint
 from tinyllava_edge.connectors import CONNECTORS
 from tinyllava_edge.errors import ExportError
 from tinyllava_edge.export import vision
+from tinyllava_edge.spec import named_tokens
 
-from .vision_models import QUERIES, TOWERS, eager, error, make, pixels, run
+from .vision_models import QUERIES, REDUCERS, TOWERS, eager, error, make, pixels, run
 
 BOTH = ["tiny_checkpoint", "tiny_checkpoint_clip"]
 TOLERANCE = 1e-5  # float32, of the largest absolute value
@@ -105,9 +106,9 @@ def test_towers(family: str, tmp_path: Path) -> None:
     assert not any("layers.2." in tensor.name for tensor in graph.initializer)
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
+@pytest.mark.parametrize("connector", [*CONNECTORS, *REDUCERS])
 def test_connectors(connector: str, tmp_path: Path) -> None:
-    """Every connector of the table: within 1e-5 of the torch model; a resampler gives as many tokens as queries."""
+    """Every connector of the table: within 1e-5 of the torch model; as many tokens as queries, or as the name says."""
     model, spec = make("siglip", connector)
     path = tmp_path / "vision.onnx"
     vision.export_vision_fp32(model, spec, path)
@@ -115,8 +116,24 @@ def test_connectors(connector: str, tmp_path: Path) -> None:
         found = run(path, pixels(batch))
         for got, wanted in zip(found, eager(model, pixels(batch)), strict=True):
             assert error(got, wanted) < TOLERANCE
-    assert found[0].shape[1] == (QUERIES if connector == "resampler" else 64)
+    assert found[0].shape[1] == (QUERIES if connector == "resampler" else named_tokens(connector) or 64)
     assert found[1].shape == (3, spec.feature_tokens, 192)
+    assert not [node for node in onnx.load(path).graph.node if node.op_type in ("GatherND", "Gather", "Where")]
+
+
+@pytest.mark.parametrize("connector", REDUCERS)
+def test_connectors_in_static_graphs(connector: str, tmp_path: Path) -> None:
+    """Fewer tokens don't split the graph: one CoreML partition, says ONNX Runtime, and no shape arithmetic."""
+    from onnxruntime.tools.mobile_helpers import usability_checker
+    from onnxruntime.tools.onnx_model_utils import ModelProtoWithShapeInfo
+
+    model, spec = make("siglip", connector)
+    path = tmp_path / "vision.onnx"
+    vision.export_vision_fp32(model, spec, path, static=True)
+    shaped = ModelProtoWithShapeInfo(path).model_with_shape_info
+    partitions = usability_checker.check_coreml_partitions(shaped, True, "coreml_supported_mlprogram_ops.md")
+    assert partitions.num_partitions == 1 and partitions.num_supported_nodes == partitions.num_nodes
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Shape"]
 
 
 def test_real_options(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 
 from tinyllava_edge import spec
+from tinyllava_edge.connectors import connector_tokens
 from tinyllava_edge.model import TinyLlava, build_model
 from tinyllava_edge.spec import ModelSpec
 
@@ -41,6 +42,12 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 TOWERS["dinov2-swiglu"] = {**TOWERS["dinov2"], "use_swiglu_ffn": True, "image_size": 64}
 QUERIES = 7
+# One of each counted connector: N divides the grid of 8 x 8 or not, as each allows.
+REDUCERS = ("pixelshuffle-16", "ldpv2-16", "ldpv2-25", "avgpool-4", "avgpool-9", f"qformer-{QUERIES}")
+_OPTIONS = {
+    "resampler": {"num_queries": QUERIES, "num_layers": 2},
+    f"qformer-{QUERIES}": {"num_layers": 3, "hidden_size": 96, "num_heads": 4},
+}
 
 
 def make(family: str, connector: str = "mlp2x_gelu") -> tuple[TinyLlava, ModelSpec]:
@@ -53,12 +60,12 @@ def make(family: str, connector: str = "mlp2x_gelu") -> tuple[TinyLlava, ModelSp
         vision_family=family.split("-")[0],
         select_strategy="default" if family[0] in "cd" else "full",
         connector=connector,
-        visual_tokens=QUERIES if connector == "resampler" else 64,
+        visual_tokens=connector_tokens(connector, 64, _OPTIONS.get(connector)),
     )
     text = {**TEXT, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3}
     if connector == "identity":
         made = dataclasses.replace(made, embedding_dim=192)
-    options = {"num_queries": QUERIES, "num_layers": 2} if connector == "resampler" else None
+    options = _OPTIONS.get(connector)
     model = build_model(made, tower, text if connector == "identity" else TEXT, 1023, options).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,6 +12,7 @@ import pytest
 from tinyllava_edge.bundle import Bundle, read_bundle
 from tinyllava_edge.errors import EngineError, UsageError
 from tinyllava_edge.info import engine_facts
+from tinyllava_edge.runtimes import devices
 from tinyllava_edge.runtimes.binding import BoundSession
 from tinyllava_edge.runtimes.devices import (
     ON_CPU,
@@ -233,7 +234,14 @@ def test_the_machine(capfd: pytest.CaptureFixture[str]) -> None:
     assert facts["llama_cpp_gpu_offload"] is bool(gpus())
     assert CPU in facts["onnxruntime_providers"] and "build type" in facts["onnxruntime_build"]
     assert all(device["memory_bytes"] > 1 << 28 for device in facts["llama_cpp_devices"] if device["kind"] == "cpu")
+    assert facts["ggml_version"][0].isdigit() and "." in facts["ggml_version"]
+    commit = facts["ggml_commit"]
+    assert commit == "unknown" or all(letter in "0123456789abcdef" for letter in commit.removesuffix("-dirty"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_library_that_does_not_tell_its_commit() -> None:
+    assert devices._library_text("ggml_no_such_function") is None
 
 
 def test_info_tells_of_the_engines() -> None:

@@ -23,8 +23,31 @@ def test_base_is_the_papers() -> None:
 
 def test_share_trains_the_tower_from_layer_12_in_its_second_stage() -> None:
     first, second, third = PRESETS["share"].stages
-    assert first == PRESETS["base"].stages[0] and third == PRESETS["base"].stages[1]
+    base = PRESETS["base"].stages
+    assert first == base[0] and third == dataclasses.replace(base[1], max_length=3072)
     assert (second.vision_from_layer, second.learning_rate, second.batch_size) == (12, 2e-5, 256)
+
+
+def test_factorys_share_freezes_the_tower_and_cuts_at_3072() -> None:
+    """Numbers of its scripts: per device x accumulated x 4 devices, learning rate, maximal length."""
+    stages = PRESETS["share-factory"].stages
+    numbers = [(s.micro_batch, s.batch_size // s.micro_batch // 4, s.learning_rate, s.max_length) for s in stages]
+    assert numbers == [(32, 2, 1e-3, 3072), (8, 8, 2e-5, 3072), (8, 4, 2e-5, 3072)]
+    assert all(stage.vision_from_layer is None and stage.epochs == 1 for stage in stages)
+    assert [stage.trains for stage in stages] == ["connector", "connector+llm", "connector+llm"]
+    assert [stage.template for stage in stages] == ["pretrain", "pretrain", "model"]
+    assert all(stage.max_length == 2048 for stage in PRESETS["base"].stages)
+
+
+def test_full_is_base_with_the_tower_trained_in_stage_2() -> None:
+    first, second = PRESETS["full"].stages
+    assert first == PRESETS["base"].stages[0]
+    assert second == dataclasses.replace(PRESETS["base"].stages[1], vision_from_layer=0)
+
+
+def test_rows_are_those_of_the_papers_data_sets() -> None:
+    assert PRESETS["base"].rows == PRESETS["full"].rows == (558_000, 665_000)
+    assert PRESETS["share"].rows == PRESETS["share-factory"].rows == (558_000, 1_246_000, 665_000)
 
 
 def test_each_preset_has_a_file_that_says_the_same() -> None:
@@ -54,6 +77,8 @@ WRONG = {
     "uneven": ('name = "x"\n' + STAGE + "micro_batch = 3\n", "no multiple of micro_batch = 3", ""),
     "no stage": ('name = "x"\n', "stages", "[[stages]]"),
     "no name": (STAGE, "`name`", ""),
+    "rows": ('name = "x"\nrows = [1, 2]\n' + STAGE, "`rows` must be a list of 1", "leave it out"),
+    "rows as text": ('name = "x"\nrows = ["1"]\n' + STAGE, "`rows` must be a list of 1", ""),
     "not TOML": ("[[", "can't be read as TOML", ""),
 }
 
@@ -84,5 +109,6 @@ def test_overrides_are_checked_and_change_nothing_else() -> None:
     with pytest.raises(UsageError, match="precision = 'fp16'"):
         override(stage, {"precision": "fp16"})
     assert recipe_from(dataclasses.asdict(PRESETS["share"]), "json") == PRESETS["share"]
+    assert recipe_from(dataclasses.asdict(PRESETS["share-nano"]), "json") == PRESETS["share-nano"]
     with pytest.raises(UsageError, match="no stage 'x'"):
         PRESETS["base"].stage("x")

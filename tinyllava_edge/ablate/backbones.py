@@ -12,8 +12,6 @@ from ..files import sha256_tree
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec
 from .grid import Backbone, Cell
 
-QUERIES = 128  # the resampler's own default
-
 
 def cell_spec(cell: Cell) -> ModelSpec:
     """The spec of a cell's model, named `tower.llm.connector`; sizes are those of the backbones' directories.
@@ -21,6 +19,8 @@ def cell_spec(cell: Cell) -> ModelSpec:
     Raises:
         CheckpointError: a configuration that can't be read or lacks a size.
     """
+    from ..connectors import connector_tokens
+
     vision, llm = VISION_BACKBONES[cell.tower.like], LLM_BACKBONES[cell.llm.like]
     tower, text = vision_config(cell.tower), text_config(cell.llm)
     size, patch, width = (
@@ -32,7 +32,7 @@ def cell_spec(cell: Cell) -> ModelSpec:
         )
     )
     patches = (size // patch) ** 2
-    queries = int(cell.connector.options.get("num_queries", QUERIES))
+    tokens = connector_tokens(cell.connector.kind, patches, cell.connector.options)
     return ModelSpec(
         name=f"{cell.tower.name}.{cell.llm.name}.{cell.connector.name}",
         vision_family=vision.family,
@@ -45,7 +45,7 @@ def cell_spec(cell: Cell) -> ModelSpec:
         pad_color=(int(255 * vision.image_mean[0]), int(255 * vision.image_mean[1]), int(255 * vision.image_mean[2])),
         feature_layer=-2,
         select_strategy="default" if vision.family == "clip" else "full",
-        visual_tokens=queries if cell.connector.kind == "resampler" else patches,
+        visual_tokens=tokens,
         embedding_dim=width,
         connector=cell.connector.kind,
         template=llm.template,

@@ -185,9 +185,7 @@ def _cells(samples: Sequence[Sample]) -> tuple[CellScore, ...]:
     runs: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.kind == "command" and sample.stage == CELL:
-            axes = sample.detail.get("axes")
-            if not isinstance(axes, dict) or set(axes) != set(AXES) or type(sample.detail.get("seed")) is not int:
-                raise DataError(f"the line of cell {sample.build} lacks its axes or seed", "run the grid again")
+            _check(sample)
             runs.setdefault(str(sample.detail.get("cell")), []).append(sample)
     found = []
     for name, lines in runs.items():
@@ -199,7 +197,7 @@ def _cells(samples: Sequence[Sample]) -> tuple[CellScore, ...]:
             CellScore(
                 name,
                 lines[0].detail["axes"],
-                int(lines[0].detail.get("parameters", 0)),
+                lines[0].detail.get("parameters", 0),
                 sum(_seconds(s) for s in whole) / len(whole),
                 {task: {s.detail["seed"]: scores[s.build][task] for s in whole} for task in tasks},
                 {task: {s.detail["seed"]: tuple(answers[s.build][task]) for s in whole} for task in tasks},
@@ -208,9 +206,29 @@ def _cells(samples: Sequence[Sample]) -> tuple[CellScore, ...]:
     return tuple(found)
 
 
+def _check(line: Sample) -> None:
+    """Raise DataError unless the line of a cell holds what is read of it."""
+    axes, stages = line.detail.get("axes"), line.detail.get("stages", [])
+    wrong = [
+        name
+        for name, right in (
+            ("axes", isinstance(axes, dict) and set(axes) == set(AXES) and all(type(v) is str for v in axes.values())),
+            ("seed", type(line.detail.get("seed")) is int),
+            ("parameters", type(line.detail.get("parameters", 0)) is int),
+            ("stages", isinstance(stages, list) and all(map(_timed, stages))),
+        )
+        if not right
+    ]
+    if wrong:
+        raise DataError(f"the line of cell {line.build}: no usable {', '.join(wrong)}", "run the grid again")
+
+
+def _timed(stage: Any) -> bool:
+    return isinstance(stage, dict) and isinstance(stage.get("seconds", 0.0), int | float)
+
+
 def _seconds(line: Sample) -> float:
-    stages = line.detail.get("stages", [])
-    return sum(float(stage.get("seconds", 0.0)) for stage in stages) if isinstance(stages, list) else 0.0
+    return sum(float(stage.get("seconds", 0.0)) for stage in line.detail.get("stages", []))
 
 
 def _present(facts: Mapping[str, Any], axis: str, cells: Sequence[CellScore]) -> tuple[str, ...]:

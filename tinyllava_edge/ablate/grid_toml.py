@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import CheckpointError, UsageError
 from ..spec import LLM_BACKBONES, VISION_BACKBONES
 from ..train import recipes
 from .grid import Backbone, Connector, Data, EvalPlan, Grid, Scale
@@ -107,6 +107,7 @@ def read_grid(path: Path) -> Grid:
         baseline="",
     )
     _unused(read)
+    _known_stages(read, grid)
     return dataclasses.replace(grid, baseline=_baseline(read, grid))
 
 
@@ -123,23 +124,27 @@ def _backbone(read: _Reader, table: str, name: str, shipped: Mapping[str, str], 
                 f"shipped: {', '.join(shipped)}; others get a table [{table}.{name}] with like and path",
             )  # fmt: skip
         return Backbone(name, shipped[name], PACKAGE / known[shipped[name]].hub_id)
-    if entry.get("like") not in known:
-        raise read.fail(f"[{table}.{name}] like", f"= {entry.get('like')!r} is unknown", f"known: {', '.join(known)}")
+    like = entry.get("like")
+    if not isinstance(like, str) or like not in known:
+        raise read.fail(f"[{table}.{name}] like", f"= {like!r} is unknown", f"known: {', '.join(known)}")
     path = read.place(entry.get("path"), f"[{table}.{name}] path")
     if not (path / "config.json").is_file():
         raise read.fail(f"[{table}.{name}]", f"path {path}: no config.json here", "name a Hugging Face directory")
-    return Backbone(name, entry["like"], path)
+    return Backbone(name, like, path)
 
 
 def _connector(read: _Reader, name: str) -> Connector:
-    from ..connectors import CONNECTORS, OPTIONS
+    from ..connectors import connector_options
 
-    entry = dict(read.entry("connectors", name, ("kind", "num_queries", "num_layers")) or {"kind": name})
+    keys = ("kind", "num_queries", "num_layers", "hidden_size", "num_heads")
+    entry = dict(read.entry("connectors", name, keys) or {"kind": name})
     kind = entry.pop("kind", None)
-    if kind not in CONNECTORS:
-        raise read.fail("[grid] connectors", f"has the unknown kind {kind!r}", f"known: {', '.join(CONNECTORS)}")
+    try:
+        options = connector_options(kind)
+    except CheckpointError as error:
+        raise read.fail("[grid] connectors", f"has the unknown kind {kind!r}", error.hint) from error
     for key, value in entry.items():
-        if key not in OPTIONS.get(kind, ()):
+        if key not in options:
             raise read.fail(f"[connectors.{name}]", f"{key} is no option of {kind}")
         read.whole(value, f"[connectors.{name}] {key}", 1)
     return Connector(name, kind, entry)
@@ -226,6 +231,21 @@ def _baseline(read: _Reader, grid: Grid) -> str:
     if wanted not in names:
         raise read.fail("[compare] baseline", f"= {wanted!r} is no cell", f"cells: {', '.join(names)}")
     return str(wanted)
+
+
+def _known_stages(read: _Reader, grid: Grid) -> None:
+    """A scale for a stage that no recipe of the grid has would change nothing; stage names become directories."""
+    for name in (stage.name for recipe in grid.recipes for stage in recipe.stages):
+        read.named("recipes", name)
+    if any("name" in changes for changes in (grid.scale.every, *grid.scale.stages.values())):
+        raise read.fail("[scale]", "renames a stage", "name it in a recipe file")
+    known = list(dict.fromkeys(stage.name for recipe in grid.recipes for stage in recipe.stages))
+    for key in ("epochs", "steps", "stages"):
+        for name in getattr(grid.scale, key):
+            if name and name not in known:
+                raise read.fail(
+                    f"[scale] {key}", f"has the stage {name[:80]!r}, which no recipe has", f"known: {', '.join(known)}"
+                )
 
 
 def _unused(read: _Reader) -> None:

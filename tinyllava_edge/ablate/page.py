@@ -10,7 +10,7 @@ from ..benchmarks.results import Sample
 from ..files import write_text
 from .compare import Ablation, Difference, summarise
 from .plots import figures, svg, write_png
-from .table import AXIS_NAMES, difference, markdown, p_value, score, seeds
+from .table import AXIS_NAMES, difference, markdown, p_value, score, seeds, verdict_rule
 
 TABLE, PAGE = "ABLATION.md", "ablation.html"
 
@@ -38,8 +38,7 @@ code { background: #f3f5f7; padding: .1rem .3rem; overflow-wrap: anywhere; }
 <h1>Ablation: {{ a.cells | length }} cells</h1>
 <p><code>{{ a.facts.command }}</code></p>
 <p class="note">Scores are means over seeds {{ a.seeds | join(", ") }}. Intervals (95 %) and tests are over pictures,
-on the same questions; p is adjusted by Holm. A verdict needs p &lt; 0.05 and the same sign with every seed.
-Open circles are seeds.</p>
+on the same questions; p is adjusted by Holm. {{ rule }} Open circles are seeds.</p>
 <h2>What each axis does</h2>
 <div class="scroll"><table>
 <tr><th>axis</th><th>from</th><th>to</th><th>task</th><th>difference, points</th><th>by seed</th><th>p</th>
@@ -130,6 +129,7 @@ def page(ablation: Ablation) -> str:
     return template.render(
         a=ablation,
         names=AXIS_NAMES,
+        rule=verdict_rule(ablation),
         versus={(item.after, item.task): item for item in ablation.versus},
         drawn=[(figure.title, svg(figure)) for figure in figures(ablation)],
         difference=difference,

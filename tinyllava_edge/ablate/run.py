@@ -37,6 +37,8 @@ class Estimate:
     """stage → optimiser steps"""
     seconds: float
     """estimate of what is left, shared stages counted with the first cell that needs them"""
+    failed: bool = False
+    """whether it can't be done"""
 
 
 def dry_run(grid: Grid, out: Path) -> list[Estimate]:
@@ -57,7 +59,7 @@ def dry_run(grid: Grid, out: Path) -> list[Estimate]:
         begun = run.directory.exists() or any(unit.done for unit in units)
         done = bool(units) and units[-1].done
         state = error.message if error else "done" if done else "begun" if begun else "to do"
-        estimates.append(Estimate(run.name, state, steps, sum(unit.flop for unit in mine) / rate))
+        estimates.append(Estimate(run.name, state, steps, sum(unit.flop for unit in mine) / rate, error is not None))
     return estimates
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..benchmarks.report_tables import cell as as_cell
 from .compare import ALPHA, Ablation, CellScore, Difference
 from .grid import AXES
 from .plots import size
@@ -40,7 +41,7 @@ def markdown(ablation: Ablation, images: Sequence[tuple[str, str]] = ()) -> str:
     for title, address in images:
         parts += ["", f"## {title}", "", f"![{title}]({address})"]
     if ablation.failed:
-        parts += ["", "## Failed", "", *(f"- {name}: {why}" for name, why in ablation.failed.items())]
+        parts += ["", "## Failed", "", *(f"- {as_cell(name)}: {as_cell(why)}" for name, why in ablation.failed.items())]
     return "\n".join([*parts, ""])
 
 
@@ -60,9 +61,19 @@ def _introduction(ablation: Ablation) -> list[str]:
         + f"questions: {asked}. Machine: {name}.",
         "",
         "Scores are means over seeds. Intervals (95 %) and tests are over pictures, on the same questions: exact "
-        "McNemar for one seed and cell, else sign-flip permutations. p is adjusted by Holm over its table. A verdict "
-        f"needs p < {ALPHA:g} and the same sign with every seed.",
+        "McNemar for one seed and cell, else sign-flip permutations. p is adjusted by Holm over its table. "
+        + verdict_rule(ablation),
     ]
+
+
+def verdict_rule(ablation: Ablation) -> str:
+    """What a verdict needs, and what it can't say where there is one seed."""
+    if len(ablation.seeds) == 1:
+        return (
+            f"A verdict needs p < {ALPHA:g}. Every cell was trained once: whether another training would show the same "
+            "difference, one seed can't say, so a verdict is about these trained models and not about the axis."
+        )
+    return f"A verdict needs p < {ALPHA:g} and the same sign with every seed."
 
 
 def _questions(ablation: Ablation, task: str) -> int:
@@ -144,6 +155,6 @@ def p_value(item: Difference) -> str:
 
 def _rows(rows: Sequence[Sequence[str]], align: str) -> list[str]:
     rule = "|" + "|".join("---:" if letter == "r" else "---" for letter in align) + "|"
-    clean = [[text.replace("|", "\\|") for text in row] for row in rows]
+    clean = [[as_cell(text) for text in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in clean]
     return [lines[0], rule, *lines[1:]]

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_edge.errors import UsageError
+from tinyllava_edge.image import MAX_ASPECT
 
 if TYPE_CHECKING:
     from tinyllava_edge.runtimes.llama import Llama
 
+REPETITIONS, MIN_TIME_S, MAX_TIME_S = 20, 3.0, 600.0  # `bench` without flags
+RESOLUTION = 0.05  # with it, a build that is 10 % slower is all but sure to be found
+QUESTION, MAX_TOKENS = "what color is the shape?", 16
 DEVICES = ("cpu", "cuda")
 MOST_TOKENS = 1 << 20
 MOST_SIDE = 8192  # pixels of a generated picture's side
@@ -168,13 +172,18 @@ def _image_size(part: Any) -> Size:
             f"--image-size {text[:40]!r}: neither N nor WxH in pixels, up to {MOST_SIDE}",
             "write a comma list: --image-size 64,640x480",
         )
-    return int(match[1]), int(match[2] or match[1])
+    width, height = int(match[1]), int(match[2] or match[1])
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UsageError(f"--image-size {text}: thinner than 1:{MAX_ASPECT}", "no runtime takes such a picture")
+    return width, height
 
 
 def _size_of(picture: Path) -> Size | None:
     """Width and height by the file's header; None where only the runtime will say what is wrong with it."""
     from PIL import Image
 
+    if not picture.is_file():  # a pipe would never answer
+        return None
     try:
         with Image.open(picture) as opened:
             return opened.width, opened.height

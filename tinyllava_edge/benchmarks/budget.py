@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tinyllava_edge.benchmarks import stats
+from tinyllava_edge.benchmarks import energy, stats
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.errors import UsageError
 
@@ -130,6 +130,27 @@ def parse_budget(text: str) -> Budget:
     return Budget(MappingProxyType(limits), text)
 
 
+def check_measured(budget: Budget, *, answers: bool, memory: bool) -> None:
+    """Raise UsageError for a limit on what the coming run doesn't measure, so that nobody waits for it in vain.
+
+    Args:
+        budget: limits.
+        answers: whether whole answers are timed, not the decoder's tests alone.
+        memory: whether memory is measured.
+    """
+    if "drop" in budget.limits:
+        raise UsageError("a budget with `drop` needs accuracy, which bench doesn't measure", "pass it to `report`")
+    for name, quantity in QUANTITIES.items():
+        if quantity.key not in budget.limits:
+            continue
+        if quantity.kind == "memory" and not memory:
+            raise UsageError(f"--budget {name} with --no-memory: it would not be measured", "leave out one of them")
+        if quantity.kind in ("latency", "energy") and not answers:
+            raise UsageError(
+                f"--budget {name} with -p or -n alone: no answer would be measured", "add --image or --image-size"
+            )
+
+
 def check(budget: Budget, samples: Sequence[Sample]) -> list[Check]:
     """Every measured build beside every limit, by plain stage names: the grid's first picture and number of threads.
 
@@ -161,10 +182,9 @@ def _check(samples: Sequence[Sample], target: str, build: str, name: str, quanti
         if (s.target, s.build, s.kind, s.stage) == (target, build, quantity.kind, quantity.stage)
         and s.runtime == "edge"
     ]
-    values = [s.value for s in own if s.value is not None]
+    values, told = energy.values(own)
     if not values:
-        told = next((str(s.detail["reason"]) for s in own if s.detail.get("reason")), "not part of this run")
-        return Check(build, target, name, None, None, limit, told)
+        return Check(build, target, name, None, None, limit, told or "not part of this run")
     if quantity.kind in ("memory", "size"):
         return Check(build, target, name, max(values), None, limit)
     found = stats.median_interval(values)

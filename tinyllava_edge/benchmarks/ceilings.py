@@ -32,23 +32,20 @@ _SHAPES = ((256, 512, 512), (576, 1024, 1024), (576, 1024, 4096), (729, 1152, 43
 _FLOAT, _UINT8, _INT8, _INT32 = 1, 2, 3, 6  # TensorProto.DataType
 
 
-def measure(n_threads: int, seconds: float = SECONDS) -> dict[str, float]:
+def ceiling_samples(
+    n_threads: int, environment_id: str = "", target: str = "cpu", seconds: float = SECONDS
+) -> list[Sample]:
     """Measure the ceilings.
 
     Args:
         n_threads: threads of each; as many as the builds have.
+        environment_id: the environment line that they belong to.
+        target: the lines' target.
         seconds: time for all of them; each runs at least twice, however slow the machine.
 
     Returns:
-        Keys of UNITS. A product that ONNX Runtime refuses is left out; `reasons` of `ceiling_samples` says why.
+        A `ceiling` line for each of UNITS; value null with a reason for one that can't be measured.
     """
-    return {name: value for name, value, _ in _all(n_threads, seconds) if value is not None}
-
-
-def ceiling_samples(
-    n_threads: int, environment_id: str = "", target: str = "cpu", seconds: float = SECONDS
-) -> list[Sample]:
-    """The `ceiling` lines; value null with a reason for one that can't be measured."""
     return [
         Sample("ceiling", "", "", name, value, UNITS[name], 0, environment_id, target,
                {"n_threads": n_threads} | ({"reason": reason} if reason else {}))

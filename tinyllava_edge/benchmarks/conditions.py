@@ -17,11 +17,12 @@ _CORES = "sys/devices/system/cpu"
 _MHZ = re.compile(r"^cpu MHz\s*:\s*([0-9.]+)", re.MULTILINE)
 
 
-def read(root: Path = Path("/")) -> dict[str, Any]:
+def read(root: Path = Path("/"), *, gpu: bool = True) -> dict[str, Any]:
     """The state now.
 
     Args:
         root: sysfs and procfs are looked for below it.
+        gpu: ask NVIDIA's driver, too; not where nothing runs on a GPU.
 
     Returns:
         JSON values, each null where it can't be read: `temperature_c` (zone → °C), `cpu_mhz` (core → MHz),
@@ -34,24 +35,25 @@ def read(root: Path = Path("/")) -> dict[str, Any]:
         "governor": governor(root),
         "throttle_counts": throttle_counts(root) or None,
         "load_average": load_average(root),
-        "gpu": nvml.states() or None if root == Path("/") else None,
+        "gpu": nvml.states() or None if gpu and root == Path("/") else None,
     }
 
 
 def throttled(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
-    """Whether the processor or a GPU was slowed down for heat or power meanwhile; None where nothing tells."""
-    known = False
+    """Whether the processor or a GPU was slowed down for heat or power meanwhile; None where nothing tells.
+
+    Processors count such events. A GPU only tells what slows it at this moment, and before and after it is idle: that
+    it was slowed then is worth saying, but that it wasn't says nothing.
+    """
+    gpus = [*(before.get("gpu") or []), *(after.get("gpu") or [])]
+    if any(gpu.get("slowed_by") for gpu in gpus):
+        return True
     first, last = before.get("throttle_counts"), after.get("throttle_counts")
-    if isinstance(first, Mapping) and isinstance(last, Mapping):
-        known = True
-        if any(count > first.get(name, count) for name, count in last.items()):
-            return True
-    for gpu in [*(before.get("gpu") or []), *(after.get("gpu") or [])]:
-        if isinstance(gpu.get("slowed_by"), list):
-            known = True
-            if gpu["slowed_by"]:
-                return True
-    return False if known else None
+    if not isinstance(first, Mapping) or not isinstance(last, Mapping):
+        return None
+    if any(count > first.get(name, count) for name, count in last.items()):
+        return True
+    return None if gpus else False
 
 
 def temperatures(root: Path = Path("/")) -> dict[str, float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tinyllava_edge.benchmarks import report_formats as formats
 from tinyllava_edge.benchmarks import stats
 from tinyllava_edge.benchmarks.evaluation import accuracy
+from tinyllava_edge.benchmarks.report_speed import compare_rows
 from tinyllava_edge.benchmarks.results import AnswerRecord
 from tinyllava_edge.benchmarks.stats import Interval
 from tinyllava_edge.benchmarks.summary_types import ALLOWED_LOSS, BuildSummary, Decision
@@ -55,7 +56,8 @@ def decide(
 ) -> Decision:
     """The smallest build that is verified, within the budget, and loses at most the allowed points of accuracy.
 
-    Equal sizes go to the faster one. A figure is held against its limit by its median.
+    Equal sizes go to the faster one, by its median. A figure is held against its limit by its median. Which build is
+    called faster is decided by `latency_compare`, round by round.
 
     Args:
         builds: rows of one target.
@@ -65,6 +67,7 @@ def decide(
 
     Raises:
         UsageError: a limit that is unknown or no number.
+        DependencyError: scipy is not installed, and several builds are to be compared.
     """
     limits = dict(check_budget(budget or {}))
     allowed = limits.get("drop", ALLOWED_LOSS)
@@ -133,17 +136,30 @@ def _reasons(
         )
     if best.noisy:
         reasons.append("Its times scatter by more than 10 %: measure again on a quiet machine before relying on them.")
-    timed = [(row.ttft, row) for row in fit if row.ttft]
-    quickest, fastest = min(timed, key=lambda pair: pair[0].estimate) if timed else (None, None)
-    if fastest and quickest and best.ttft and fastest is not best:
-        apart = quickest.high < best.ttft.low
-        reasons.append(
-            f"{fastest.name} is {'faster' if apart else 'not measurably faster'}: "
-            f"{formats.ms(quickest.estimate)} ms to the first token instead of {formats.ms(best.ttft.estimate)} ms."
-        )
-    elif fastest and best.ttft and len(fit) > 1:
-        reasons.append(f"It is also the fastest of them: {formats.ms(best.ttft.estimate)} ms to the first token.")
-    return reasons
+    return reasons + _speed(best, fit)
+
+
+def _speed(best: BuildSummary, fit: Sequence[BuildSummary]) -> list[str]:
+    """Whether another build that qualifies answers faster, by the paired test."""
+    others = [row for row in fit if row is not best and row.ttft]
+    if not best.ttft or not others:
+        return []
+    found = [(row, compare_rows(best, row)) for row in others]
+    faster = [(one, row) for row, one in found if one and one.distinguishable and one.ratio.estimate < 1]
+    own = formats.ms(best.ttft.estimate)
+    if faster:
+        most, row = min(faster, key=lambda pair: pair[0].ratio.estimate)
+        theirs = formats.ms(row.ttft.estimate if row.ttft else None)
+        return [f"{row.name} is {most.verdict}: {theirs} ms to the first token instead of {own} ms."]
+    if all(one and one.distinguishable for _, one in found):
+        return [f"It is also the fastest of them: {own} ms to the first token."]
+    row, one = min(found, key=lambda pair: pair[0].ttft.estimate if pair[0].ttft else 0.0)
+    if one is None or "too few" in one.verdict:
+        return [f"Too few answers were timed to tell which of them is the fastest: {own} ms to the first token."]
+    return [
+        f"None of them is measurably faster: {own} ms to the first token; {row.name} takes "
+        f"{one.ratio.estimate:.2f} of that (99 % interval {one.ratio.low:.2f} to {one.ratio.high:.2f})."
+    ]
 
 
 def _larger(row: BuildSummary, best: BuildSummary) -> str:

@@ -5,23 +5,30 @@
 | RAPL | /sys/class/powercap/intel-rapl*: µJ, wraps around | processor packages and, where listed, DRAM; all processes |
 | hwmon | /sys/class/hwmon/*/energy*_input: µJ (ina228 and its like, amd_energy) | a board's or a socket's supply |
 | battery | /sys/class/power_supply/*: energy_now (µWh), else charge × voltage | the whole device, while it discharges |
-| NVML | total energy of each GPU: mJ | the whole card; asked for where a build runs on it |
+| NVML | total energy of a GPU: mJ | the whole card; for builds on `cuda` alone, and the cards that this process is on |
 
 Power that can only be sampled (Jetson's INA3221: power*_input, curr*_input) is no counter and isn't used.
+
+A counter that stood still during one answer and jumped during another counts in steps as large as an answer or larger.
+The answers with a step would pass for typical, so such a series has no value at all (`whole_readings`); what was read
+stays in the details, and its mean, steps and standstills alike, would be right in the long run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyllava_edge.benchmarks import nvml
 from tinyllava_edge.benchmarks.conditions import number, text
+from tinyllava_edge.benchmarks.results import Sample
 
 Between = Callable[[list[float], list[float]], list[float]]
 _UWH = 3600e-6  # joules
+STILL = "the counter did not move"
 _TOTALS = ("VDD_IN", "VIN_SYS_5V0", "total")  # rails that feed all the others
 
 
@@ -35,6 +42,8 @@ class Reading:
     """counters that were read, e.g. `rapl: package-0 + dram`"""
     reason: str = "not measured"
     """why `joules` is None; empty where it isn't"""
+    stood_still: bool = False
+    """whether it is None because a counter did not move, and for nothing else"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Counter:
             return None, f"{self.source}: the counter went back"
         total = sum(parts)
         if total == 0:
-            return None, f"{self.source}: the counter did not move{self.coarse}"
+            return None, f"{self.source}: {STILL}{self.coarse}"
         return total, ""
 
 
@@ -89,6 +98,8 @@ class Meter:
         parts = [c.difference(b, a) for c, b, a in zip(self._counters, before, after, strict=True)]
         reading.reason = "; ".join(reason for _, reason in parts if reason)
         reading.joules = None if reading.reason else sum(joules for joules, _ in parts if joules is not None)
+        told = [reason for _, reason in parts if reason]
+        reading.stood_still = bool(told) and all(STILL in reason for reason in told)
 
     def close(self) -> None:
         """Let go of the driver, where one was opened."""
@@ -105,12 +116,14 @@ class Meter:
         self.close()
 
 
-def open_meter(root: Path = Path("/"), *, gpu: bool = False) -> Meter:
+def open_meter(root: Path = Path("/"), *, gpu: bool = False, pid: int | None = None) -> Meter:
     """The best counters of this machine: RAPL, else a board's, else the battery's; with `gpu`, NVIDIA's beside it.
 
     Args:
         root: sysfs is looked for below it.
-        gpu: whether the work runs on an NVIDIA GPU. Only the counters that exist are added, and `source` names them.
+        gpu: whether the work runs on an NVIDIA GPU. Its counter then must be there: joules without the card that does
+            the work would be none of the build's. The machine's own are added where they exist; `source` names them.
+        pid: process whose GPUs are meant, this one by default; it must be on them already, with a model open.
     """
     counters, reasons = list[Counter](), list[str]()
     for find in (_rapl, _hwmon, _battery):
@@ -119,14 +132,55 @@ def open_meter(root: Path = Path("/"), *, gpu: bool = False) -> Meter:
             counters.append(counter)
             break
         reasons.append(reason)
-    library = nvml.load() if gpu else None
-    if gpu:
-        counter = _gpus(library) if library else None
-        if counter:
-            counters.append(counter)
-        else:
-            reasons.append("NVML: no GPU with an energy counter")
-    return Meter(counters, "; ".join(reasons), library.close if library else None)
+    if not gpu:
+        return Meter(counters, "; ".join(reasons))
+    library = nvml.load()
+    counter, reason = _gpus(library, os.getpid() if pid is None else pid) if library else (None, "NVML: no GPU")
+    if counter is None:
+        if library:
+            library.close()
+        return Meter((), reason)
+    return Meter([*counters, counter], "", library.close if library else None)
+
+
+def whole_readings(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples, with null energies for each build and stage whose counter stood still in one answer or more.
+
+    What was read stays as `joules` in the detail, 0 for a standstill.
+    """
+    groups: dict[tuple[str, str, str, str], list[Sample]] = {}
+    for sample in samples:
+        if sample.kind == "energy":
+            groups.setdefault(_series(sample), []).append(sample)
+    reasons = {series: reason for series, found in groups.items() if (reason := _coarse(found))}
+
+    def settled(sample: Sample) -> Sample:
+        reason = reasons.get(_series(sample)) if sample.kind == "energy" else None
+        if reason is None:
+            return sample
+        joules = 0.0 if sample.detail.get("stood_still") else sample.value
+        return replace(sample, value=None, detail={**sample.detail, "reason": reason, "joules": joules})
+
+    return list(map(settled, samples))
+
+
+def values(found: Sequence[Sample]) -> tuple[list[float], str]:
+    """One build's energies of one stage in joules, and why there are none; older files are held to the same rule."""
+    coarse = _coarse(found)
+    known = [] if coarse else [float(sample.value) for sample in found if sample.value is not None]
+    told = next((str(sample.detail["reason"]) for sample in found if sample.detail.get("reason")), "")
+    return known, "" if known else coarse or told
+
+
+def _series(sample: Sample) -> tuple[str, str, str, str]:
+    return sample.environment_id, sample.target, sample.build, sample.stage
+
+
+def _coarse(found: Sequence[Sample]) -> str:
+    """Why a series has no typical value; empty where no reading stood still."""
+    still = sum(sample.value is None and STILL in str(sample.detail.get("reason", "")) for sample in found)
+    source = next((str(sample.detail["source"]) for sample in found if sample.detail.get("source")), "the counter")
+    return f"{source}: too coarse, {STILL} in {still} of {len(found)} answers" if still else ""
 
 
 def _rapl(root: Path) -> tuple[Counter | None, str]:
@@ -232,15 +286,21 @@ _GAUGES: tuple[tuple[str, tuple[str, ...], Between], ...] = (
 )
 
 
-def _gpus(library: nvml.Nvml) -> Counter | None:
-    numbers = [index for index in range(len(library)) if library.energy_mj(index) is not None]
+def _gpus(library: nvml.Nvml, pid: int) -> tuple[Counter | None, str]:
+    """The counters of the GPUs that a process is on."""
+    numbers = library.gpus_of(pid)
+    if not numbers and len(library) == 1:
+        numbers = [0]  # in a container the driver knows the process by another number
     if not numbers:
-        return None
+        return None, f"NVML: can't tell which of {len(library)} GPUs this process is on"
+    silent = [index for index in numbers if library.energy_mj(index) is None]
+    if silent:
+        return None, f"NVML: GPU {' + '.join(map(str, silent))} has no energy counter"
 
     def read() -> list[float] | None:
         return _whole([library.energy_mj(index) for index in numbers])
 
-    return Counter(f"nvml: GPU {' + '.join(map(str, numbers))}", read, _difference(1e-3))
+    return Counter(f"nvml: GPU {' + '.join(map(str, numbers))}", read, _difference(1e-3)), ""
 
 
 def _difference(unit: float) -> Between:

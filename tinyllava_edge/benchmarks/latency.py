@@ -1,9 +1,9 @@
 """Latency, energy and memory of a bundle's builds in one run, interleaved, so that all meet the same conditions.
 
 Protocol: every build is opened once and warmed up with whole answers (vision graph included; the first is kept as the
-cold sample); then rounds in which each build answers once, the order rotated by one each round, until both minima of
-the stop rule are met (see `rounds`). No sample is dropped. The machine's state is noted before and after, its ceilings
-are measured in the same run, and memory and loading afterwards, each build in a fresh process.
+cold sample); then rounds in which each build answers once, in an order drawn anew each round, until the stop rule is
+met (see `rounds`, `stop_rule`). No sample is dropped. The machine's state is noted before and after, its ceilings are
+measured in the same run, and memory and loading afterwards, each build in fresh processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import secrets
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +21,9 @@ from tinyllava_edge.benchmarks import ceilings, conditions, memory_process
 from tinyllava_edge.benchmarks.energy import open_meter
 from tinyllava_edge.benchmarks.environment import bundle_sample, capture, environment_sample
 from tinyllava_edge.benchmarks.results import Sample
-from tinyllava_edge.benchmarks.rounds import Arm, Progress, Question, Rounds, StopRule, measure
+from tinyllava_edge.benchmarks.rounds import Arm, Progress, Question, Rounds, measure
+from tinyllava_edge.benchmarks.stop_rule import StopRule
 from tinyllava_edge.bundle import ROLES, Build, Bundle, read_bundle
-from tinyllava_edge.errors import UsageError
-
-REPETITIONS = 15
-QUESTION = "what color is the shape?"
 
 
 def bench(
@@ -33,18 +31,19 @@ def bench(
     builds: Sequence[str] | None = None,
     *,
     picture: Path | None = None,
-    question: str = QUESTION,
-    repetitions: int = REPETITIONS,
+    question: str = grid.QUESTION,
+    repetitions: int = grid.REPETITIONS,
     min_time_s: float = 0.0,
     max_time_s: float | None = None,
-    max_tokens: int = 16,
+    resolution: float = 0.0,
+    max_tokens: int = grid.MAX_TOKENS,
     prompt_tokens: Sequence[int] = (),
     gen_tokens: Sequence[int] = (),
     threads: Sequence[int] = (),
     image_sizes: Sequence[str | int | Sequence[int]] = (),
     devices: Sequence[str] = ("cpu",),
     memory: bool = True,
-    n_threads: int | None = None,
+    loads: int = memory_process.LOADS,
     progress: Progress = None,
 ) -> list[Sample]:
     """Measure builds of a bundle over a grid. Every argument but `bundle`, `picture` and `progress` is a JSON value.
@@ -60,6 +59,8 @@ def bench(
         repetitions: rounds at least; medians need 10 or more to mean something.
         min_time_s: seconds of measuring at least.
         max_time_s: seconds after which no round begins, even if a minimum isn't met; None is no cap.
+        resolution: go on until a change this large between builds (0.05 is 5 %) would be found in four of five such
+            runs, for ten times `repetitions` rounds at most; 0 doesn't ask for it.
         max_tokens: longest answer.
         prompt_tokens: sizes of llama-bench's `pp` tests; with these or `gen_tokens`, answers are measured only for
             `image_sizes` or a `picture`.
@@ -68,7 +69,7 @@ def bench(
         image_sizes: sizes of generated pictures, `64` or `640x480`.
         devices: `cpu`, `cuda` or both; each is its samples' target.
         memory: also measure memory and loading, which opens each build once more in a fresh process.
-        n_threads: short for `threads` of one.
+        loads: times that loading is measured, as far as `memory_process.LOADING_S` reaches.
         progress: receives a line now and then.
 
     Returns:
@@ -78,8 +79,8 @@ def bench(
         UsageError: an unknown build, or an argument out of range.
         EngineError: an engine refused, or a measuring process failed.
     """
-    rule = StopRule(repetitions, min_time_s, math.inf if max_time_s is None else max_time_s)
-    counts = _threads(threads, n_threads)
+    rule = StopRule(repetitions, min_time_s, math.inf if max_time_s is None else max_time_s, resolution)
+    counts: list[int | None] = list(dict.fromkeys(threads)) or [None]
     opened = read_bundle(bundle)
     chosen = [opened.build(name) for name in builds] if builds else list(opened.builds().values())
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,7 +95,8 @@ def bench(
             lines.append(bundle_sample(opened, first))
             lines += [sample for target in where for build in chosen for sample in sizes(build, first, target)]
             lines += _measured(arms, work, Question(question, max_tokens), rule, where, progress)
-            reached = {line.stage: line.value for line in lines if line.kind == "ceiling"}
+            own = [line for line in lines if line.kind == "ceiling" and line.environment_id == first]
+            reached = {line.stage: line.value for line in own}
             lines[0] = replace(lines[0], detail={**lines[0].detail, "ceilings": reached})
         finally:
             for arm in arms:
@@ -104,7 +106,15 @@ def bench(
             for build in chosen:
                 for target in where:
                     lines += memory_process.measure(
-                        bundle, build.name, shown, question, first, counts[0], device=target, max_tokens=max_tokens
+                        bundle,
+                        build.name,
+                        shown,
+                        question,
+                        first,
+                        counts[0],
+                        device=target,
+                        max_tokens=max_tokens,
+                        loads=loads,
                     )
                 if progress:
                     progress(f"{build.name}: memory and loading measured")
@@ -129,16 +139,24 @@ def _measured(
     progress: Progress,
 ) -> list[Sample]:
     """Ceilings, the state before, the rounds, the state after."""
-    first, run = arms[0].environment_id, secrets.token_hex(4)
-    lines = ceilings.ceiling_samples(arms[0].n_threads or 1, first)
-    lines.append(_condition("before", first, {"run": run}))
-    with open_meter(gpu="cuda" in targets) as meter:
-        found = measure(arms, work, question, rule, run=run, meter=meter, progress=progress)
-    return [*lines, *found.samples, _condition("after", first, {"run": run, **_ended(found, rule)})]
+    first, run, gpu = arms[0].environment_id, secrets.token_hex(4), "cuda" in targets
+    lines = _ceilings(arms)
+    lines.append(_condition("before", first, {"run": run}, gpu))
+    with ExitStack() as stack:
+        meters = {target: stack.enter_context(open_meter(gpu=target == "cuda")) for target in targets}
+        found = measure(arms, work, question, rule, run=run, meters=meters, progress=progress)
+    return [*lines, *found.samples, _condition("after", first, {"run": run, **_ended(found, rule)}, gpu)]
 
 
-def _condition(stage: str, environment_id: str, detail: dict[str, object]) -> Sample:
-    return Sample("condition", stage=stage, environment_id=environment_id, detail={**conditions.read(), **detail})
+def _ceilings(arms: Sequence[Arm]) -> list[Sample]:
+    """The CPU's ceilings for each number of threads; none for a GPU. The plain one last: a report shows the latest."""
+    counts = {arm.environment_id: arm.n_threads or 1 for arm in arms if arm.target == "cpu"}
+    return [line for name, count in reversed(counts.items()) for line in ceilings.ceiling_samples(count, name)]
+
+
+def _condition(stage: str, environment_id: str, detail: dict[str, object], gpu: bool) -> Sample:
+    state = conditions.read(gpu=gpu)
+    return Sample("condition", stage=stage, environment_id=environment_id, detail={**state, **detail})
 
 
 def _ended(found: Rounds, rule: StopRule) -> dict[str, object]:
@@ -150,14 +168,9 @@ def _ended(found: Rounds, rule: StopRule) -> dict[str, object]:
         "repetitions": rule.repetitions,
         "min_time_s": rule.min_time_s,
         "max_time_s": cap,
+        "resolution": found.resolution,
+        "resolution_asked": rule.resolution,
     }
-
-
-def _threads(threads: Sequence[int], n_threads: int | None) -> list[int | None]:
-    """Numbers of threads to measure with; [None] is all cores."""
-    if threads and n_threads is not None:
-        raise UsageError("both threads and n_threads", "give `threads`")
-    return list(dict.fromkeys(threads)) or [n_threads]
 
 
 def _open(

@@ -7,11 +7,15 @@ by round and adds up signed ranks. Two runs at different times share nothing, an
 neighbouring samples, and the test permutes the ranks of the stretches' medians. What a machine does between two runs
 can't be seen in either of them, so a difference between runs must also exceed a margin: 3 %, or how far apart the two
 halves of either run lie, whichever is more.
+
+Where even values that lie wholly apart could not reach the test's level, the verdict is `too few rounds`: 8 pairs, or 5
+samples of each of two runs, are needed. `resolution` is the true change that four of five such measurements would call.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tinyllava_edge.benchmarks.clusters import scipy_stats
+from tinyllava_edge.benchmarks.clusters import POWER, scipy_stats
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.benchmarks.stats import Interval
 from tinyllava_edge.errors import UsageError
@@ -31,6 +35,7 @@ RESAMPLES = 4000
 PERMUTATIONS = 9999
 MIN_BLOCKS = 5  # stretches a run must have for its test to reach CONFIDENCE
 PAIRED, BLOCKS = "paired by round", "stretches of each run"
+SAME, TOO_FEW = "not distinguishable", "too few rounds"  # verdicts besides `slower by …` and `faster by …`
 
 Floats = npt.NDArray[np.float64]
 
@@ -51,10 +56,14 @@ class LatencyComparison:
     """samples of the first and the second"""
 
     @property
-    def resolution(self) -> float:
-        """How far the interval reaches from the ratio, or the margin if that is more: smaller changes stay unseen."""
-        middle = self.ratio.estimate
-        return max(self.ratio.high / middle - 1, 1 - self.ratio.low / middle, self.margin)
+    def enough(self) -> bool:
+        """Whether the test could reach its level at all with so many samples, had they lain wholly apart."""
+        return _least_p(self.method, self.n) < 1 - CONFIDENCE
+
+    @property
+    def resolution(self) -> float | None:
+        """A true change (0.05 is 5 %) that four of five such measurements would call; None with too few rounds."""
+        return _resolution(self.ratio, self.margin) if self.enough else None
 
     @property
     def distinguishable(self) -> bool:
@@ -64,9 +73,11 @@ class LatencyComparison:
 
     @property
     def verdict(self) -> str:
-        """`not distinguishable`, `slower by 10.2 %` or `faster by 4.0 %`."""
+        """`too few rounds`, `not distinguishable`, `slower by 10.2 %` or `faster by 4.0 %`."""
+        if not self.enough:
+            return TOO_FEW
         if not self.distinguishable:
-            return "not distinguishable"
+            return SAME
         change = 100 * (self.ratio.estimate - 1)
         return f"{'slower' if change > 0 else 'faster'} by {abs(change):.1f} %"
 
@@ -135,6 +146,38 @@ def compare_samples(a: Sequence[Sample], b: Sequence[Sample], *, seed: int = 0) 
     return compare_latency([_latency(s) for s in a], [_latency(s) for s in b], seed=seed)
 
 
+def pair_resolution(a: Sequence[float], b: Sequence[float], seed: int = 0) -> float | None:
+    """`resolution` of pairs, without the test: how small a change would be called after so many rounds.
+
+    Args:
+        a: latencies of one build, round by round.
+        b: of the other one, in the same rounds.
+        seed: of the bootstrap.
+
+    Returns:
+        The change, 0.05 for 5 %; None with too few rounds.
+
+    Raises:
+        What compare_latency raises, but for DependencyError: scipy isn't needed.
+    """
+    first, second = _checked(a), _checked(b)
+    if len(first) != len(second):
+        raise UsageError(f"{len(first)} and {len(second)} samples are no pairs", "compare them as separate runs")
+    if _least_p(PAIRED, (len(first), len(second))) >= 1 - CONFIDENCE:
+        return None
+    return _resolution(Interval(1.0, *_bounds(_paired_ratios(first, second, seed))), 0.0)
+
+
+def run_resolution(values: Sequence[float], seed: int = 0) -> float | None:
+    """`resolution` of a run beside a second one just like it; None with too few rounds. Raises UsageError."""
+    data = _checked(values)
+    if _least_p(BLOCKS, (len(data), len(data))) >= 1 - CONFIDENCE:
+        return None
+    rng = np.random.default_rng(seed)
+    ratios = _block_medians(data, rng) / _block_medians(data, rng)
+    return _resolution(Interval(1.0, *_bounds(np.asarray(ratios))), max(MARGIN, drift(data)))
+
+
 def drift(values: Sequence[float] | Floats) -> float:
     """How far apart the medians of a run's halves lie, as a share of the smaller one; 0 for fewer than 4 samples."""
     half = len(values) // 2
@@ -163,6 +206,22 @@ def _latency(sample: Sample) -> float:
 def _bounds(ratios: Floats) -> tuple[float, float]:
     low, high = np.quantile(ratios, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     return float(low), float(high)
+
+
+def _resolution(interval: Interval, margin: float) -> float:
+    """The change whose estimate lies beyond both the interval's half-width and the margin in POWER of all cases."""
+    normal = statistics.NormalDist()
+    edge = normal.inv_cdf((1 + CONFIDENCE) / 2)
+    error = math.log(interval.high / interval.low) / 2 / edge  # standard error of the ratio's logarithm
+    return math.expm1(max(edge * error, math.log1p(margin)) + normal.inv_cdf(POWER) * error)
+
+
+def _least_p(method: str, n: tuple[int, int]) -> float:
+    """The smallest p value that the test can give: both extreme orders of all that it tells apart."""
+    if method == PAIRED:
+        return 2.0 ** (1 - min(n[0], 1000))
+    blocks = [count // _stretch(count) for count in n]
+    return 2 / math.comb(sum(blocks), blocks[0])
 
 
 def _paired_ratios(a: Floats, b: Floats, seed: int) -> Floats:

@@ -3,7 +3,8 @@
     python -m tinyllava_edge.benchmarks.memory_process '{"bundle": …, "build": …, "image": …, "question": …}'
 
 First process: open (files are in the page cache: their hashes have just been compared), answer once, read the kernel's
-counts. Second process: the same with the build's files put out of the page cache before they are opened.
+counts. Second process: the same with the build's files put out of the page cache before they are opened. Then more of
+both in turns, so that loading has a median: LOADS of each, or as many as begin within LOADING_S.
 
 | stage | what |
 |---|---|
@@ -31,12 +32,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_edge.benchmarks import nvml
+from tinyllava_edge.benchmarks.bench_grid import MAX_TOKENS
 from tinyllava_edge.benchmarks.page_cache import cached_share, drop_cached
 from tinyllava_edge.benchmarks.peak_rss import descendants, status
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.bundle import Build, Bundle, read_bundle
 from tinyllava_edge.errors import EngineError
 
+LOADS = 5  # cold and warm loads of a build
+LOADING_S = 10.0  # seconds after which no further pair of loads begins
 TIMEOUT_S = 600  # of each process
 STILL_CACHED = 0.01  # a load isn't cold while more of the files is in memory
 _TRIES, _PAUSE_S = 5, 0.05  # of emptying the page cache, while another process may still be reading
@@ -55,7 +59,8 @@ def measure(
     *,
     device: str = "cpu",
     target: str | None = None,
-    max_tokens: int = 16,
+    max_tokens: int = MAX_TOKENS,
+    loads: int = LOADS,
 ) -> list[Sample]:
     """Measure one build's memory, and its loading from the disk and from the page cache.
 
@@ -69,6 +74,7 @@ def measure(
         device: `cpu`, `cuda` or `auto`.
         target: the samples' target; the device by default.
         max_tokens: longest answer.
+        loads: how often each kind of loading is measured, once at least; slow models are loaded less often.
 
     Returns:
         Memory samples in bytes, and latency samples `load_warm_ms` and `load_cold_ms`; the latter's value is null, with
@@ -79,16 +85,23 @@ def measure(
     """
     asked = {"bundle": str(bundle), "build": build, "image": str(picture), "question": question}
     given = {**asked, "n_threads": n_threads, "device": device, "max_tokens": max_tokens}
-    warm, cold = _child(given, build), _child({**given, "cold": True, "max_tokens": 1}, build)
+    begun = time.monotonic()
+    short = {**given, "max_tokens": 1}
+    warm, cold = [_child(given, build)], [_child({**short, "cold": True}, build)]
+    while len(warm) < loads and time.monotonic() - begun < LOADING_S:
+        warm.append(_child(short, build))
+        cold.append(_child({**short, "cold": True}, build))
     place = Sample("memory", "edge", build, environment_id=environment_id, target=target or device)
     samples = [
-        replace(place, stage=stage, value=warm["memory"][stage], unit="bytes", detail=warm["detail"].get(stage, {}))
+        replace(place, stage=stage, value=size, unit="bytes", detail=warm[0]["detail"].get(stage, {}))
         for stage in _MEMORY
-        if warm["memory"].get(stage) is not None
+        if (size := warm[0]["memory"].get(stage)) is not None
     ]
-    for stage, found in (("load_warm_ms", warm), ("load_cold_ms", cold)):
-        detail = {str(key): found[key] for key in _LOADING if key in found}
-        samples.append(replace(place, kind="latency", stage=stage, value=found["load_ms"], unit="ms", detail=detail))
+    for stage, processes in (("load_warm_ms", warm), ("load_cold_ms", cold)):
+        line = replace(place, kind="latency", stage=stage, unit="ms")
+        for number, found in enumerate(processes):
+            detail = {str(key): found[key] for key in _LOADING if key in found}
+            samples.append(replace(line, value=found["load_ms"], sample=number, detail=detail))
     return samples
 
 

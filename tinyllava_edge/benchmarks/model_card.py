@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tinyllava_edge.benchmarks.decision import COSTS
-from tinyllava_edge.benchmarks.report_tables import cell, markdown_table
+from tinyllava_edge.benchmarks.report_machine import bounds, engines
+from tinyllava_edge.benchmarks.report_tables import cell, legend, markdown_table
 from tinyllava_edge.benchmarks.summary_types import Decision, Summary
 
 
@@ -16,6 +17,8 @@ def model_card_section(summary: Summary, *, level: int = 2) -> str:
     Args:
         summary: what `summarise` computed.
         level: of the section's heading.
+
+    Raises DependencyError without scipy, where two builds were timed.
     """
     if not summary.rows:
         return ""
@@ -46,12 +49,8 @@ def _protocol(summary: Summary) -> str:
     if row is not None:
         how = f"under protocol `{_code(summary.protocol)}`" if summary.protocol else "exact match after strip and lower"
         words.append(f"Accuracy: {row.n:,} questions, {how}, greedy decoding, 95 % Wilson intervals in the report.")
-    if timed := [row for row in summary.rows if row.ttft]:
-        least, most = min(row.samples for row in timed), max(row.samples for row in timed)
-        count = f"{least}" if least == most else f"{least} to {most}"
-        words.append(f"Times: medians of {count} answers per build, builds in turns within one run, batch 1.")
-        if any(row.scatters("ttft_ms") or row.scatters("total_ms") for row in timed):
-            words.append("\\* coefficient of variation over 10 %.")
+    if any(row.ttft for row in summary.rows):
+        words += legend(summary)
     if any(row.memory for row in summary.rows):
         words.append("Peak memory: one process per build.")
     if notes := {note for row in summary.builds if row.energy is None for note in row.energy_notes}:
@@ -71,6 +70,11 @@ def _machine(machine: Mapping[str, Any], several: bool) -> str:
     parts += [str(machine["system"])] if machine.get("system") else []
     parts += [f"Python {machine['python']}"] if machine.get("python") else []
     parts += [f"{name} {version}" for name, version in libraries.items()] if isinstance(libraries, dict) else []
+    limited = bounds(machine.get("limits"))
+    parts += [f"container limits: {limited}"] if limited != "none" else []
+    runtime = machine.get("runtime")
+    told = engines(runtime) if isinstance(runtime, dict) else []
+    parts += [f"{engine} {fact} {value}" for (engine, fact), value in told if fact]
     place = f"{cell(str(machine.get('target', '')))}: " if several else ""
     return f"- {place}{cell(', '.join(parts))}"
 

@@ -68,15 +68,14 @@ class Nvml:
 
     def process_bytes(self, pid: int) -> int | None:
         """Bytes that one process holds on all GPUs; None where it isn't listed, as in a container with its own pids."""
-        total = None
-        for device in self._devices:
-            count, found = ctypes.c_uint(_MAX_PROCESSES), (_Process * _MAX_PROCESSES)()
-            if self._call("nvmlDeviceGetComputeRunningProcesses_v3", device, ctypes.byref(count), found):
-                continue
-            for entry in found[: min(count.value, _MAX_PROCESSES)]:
-                if entry.pid == pid and entry.used != _NOT_AVAILABLE:
-                    total = (total or 0) + int(entry.used)
-        return total
+        held = [entry.used for device in self._devices for entry in self._processes(device) if entry.pid == pid]
+        known = [int(used) for used in held if used != _NOT_AVAILABLE]
+        return sum(known) if known else None
+
+    def gpus_of(self, pid: int) -> list[int]:
+        """Numbers of the GPUs that a process computes on; none where it isn't listed."""
+        listed = [[entry.pid for entry in self._processes(device)] for device in self._devices]
+        return [index for index, pids in enumerate(listed) if pid in pids]
 
     def state(self, index: int) -> dict[str, Any]:
         """Name, temperature in °C, clock in MHz, and what slows the GPU down at this moment."""
@@ -93,6 +92,13 @@ class Nvml:
     def close(self) -> None:
         """Let go of the driver."""
         self._call("nvmlShutdown")
+
+    def _processes(self, device: ctypes.c_void_p) -> list[_Process]:
+        """The processes that compute on a GPU."""
+        count, found = ctypes.c_uint(_MAX_PROCESSES), (_Process * _MAX_PROCESSES)()
+        if self._call("nvmlDeviceGetComputeRunningProcesses_v3", device, ctypes.byref(count), found):
+            return []
+        return list(found[: min(count.value, _MAX_PROCESSES)])
 
     def _value(self, function: str, index: int, kind: Any, *arguments: int) -> int | None:
         found = kind()

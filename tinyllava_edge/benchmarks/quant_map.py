@@ -119,8 +119,9 @@ def tensor_grids(samples: Iterable[Sample], builds: Sequence[str]) -> list[Grid]
     grids = []
     for role, precision in dict.fromkeys(wanted):
         entry = files.get((role, precision), {})
-        if table := _table(entry):
-            grids.append(_grid(role, str(entry.get("path", ""))[:_MAX_NAME], table))
+        grid = _grid(role, str(entry.get("path", ""))[:_MAX_NAME], _table(entry))
+        if grid.kinds or grid.others:
+            grids.append(grid)
     return grids
 
 
@@ -171,6 +172,8 @@ def _grid(role: str, path: str, table: Mapping[str, str]) -> Grid:
         else:
             others.append((name, Cell(kind)))
     layers = tuple(sorted({layer for cells in kinds.values() for layer in cells}))
+    if len(kinds) * len(layers) > 4 * _MAX_TENSORS:  # no model's: a name of its own for every tensor
+        return Grid(role, path, (), (), ())
     rows = [(name, tuple(kinds[name].get(layer) for layer in layers)) for name in sorted(kinds)]
     return Grid(role, path, layers, tuple(rows), tuple(sorted(others)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tinyllava_edge.benchmarks import report_draw as draw
 from tinyllava_edge.benchmarks import report_formats as formats
 from tinyllava_edge.benchmarks import report_machine as machine
 from tinyllava_edge.benchmarks import report_plots as plots
+from tinyllava_edge.benchmarks import report_speed as speed
 from tinyllava_edge.benchmarks import report_tables as tables
 from tinyllava_edge.benchmarks import report_time as timing
 from tinyllava_edge.benchmarks.decision import Budget
@@ -24,7 +25,7 @@ from tinyllava_edge.benchmarks.summary_types import BuildSummary, by_target, on_
 from tinyllava_edge.errors import DataError
 from tinyllava_edge.files import write_text
 
-__all__ = ["FILTERS", "html", "inline", "markdown_table", "page", "render_report"]
+__all__ = ["FILTERS", "html", "inline", "markdown_table", "page", "render_report", "typed_commands"]
 FILTERS = {name: getattr(formats, name) for name in formats.__all__}
 
 
@@ -80,6 +81,7 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
         summary=summary,
         decisions=[_decision(summary, k) for k in range(len(summary.decisions))],
         allowed_loss=f"{summary.allowed_loss:g}",
+        separate_runs=max((row.runs for row in summary.builds), default=1),
         rows=summary.rows,
         ranking=by_target(summary.rows, several),
         **_plots(summary),
@@ -87,10 +89,13 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
         totals=any(row["row"].total for row in waterfall),
         scattered=any(bar["noisy"] for row in waterfall for bar in row["bars"]),
         roofline=any(bar["share"] is not None for row in waterfall for bar in row["bars"]),
+        roofline_notes=timing.roofline_notes(samples),
         waterfall_key=timing.stages_shown(waterfall),
         tests={**tests, "groups": by_target(tests["rows"], several)},
         loading={**loading, "groups": by_target(loading["rows"], several)},
         energy={**energy, "groups": by_target(energy["rows"], several)},
+        speeds=(speeds := speed.speeds(summary)),
+        how=speed.how(speeds),
         groups=tables.groups(summary),
         blind=accuracy(headline(summary.blind)) if summary.blind else None,
         comparison=tables.comparison(samples, summary),
@@ -104,7 +109,7 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
         machines=machine.machines(samples),
         conditions=machine.conditions(samples),
         scores=[s for s in samples if s.kind == "accuracy" and s.detail.get("headline", True)],
-        commands=_commands(samples, command),
+        commands=list(dict.fromkeys([*typed_commands(samples), *([command] if command else [])])),
         lines=len(samples),
     )
 
@@ -167,17 +172,21 @@ def _parity(summary: Summary) -> list[dict[str, Any]]:
         if row.verify:
             records.setdefault(row.build, row)
     shipped = {decision.build for decision in summary.decisions}
-    return [{"name": n, "record": _checked(n, row.verify), "shipped": n in shipped} for n, row in records.items()]
+    return [{"name": n, "record": row.verify, "shipped": n in shipped} for n, row in records.items() if _checked(row)]
 
 
-def _checked(build: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    checks = record.get("checks")
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        raise DataError(f"the verify line of {build} lacks something: its checks", "run `verify` again")
-    return record
+def _checked(row: BuildSummary) -> bool:
+    """Whether the stamp holds its checks; a stamp without has no table. Raises DataError for checks of another form."""
+    checks = row.verify.get("checks")
+    if checks is not None and not (isinstance(checks, list) and all(isinstance(check, dict) for check in checks)):
+        raise DataError(f"the verify line of {row.build} lacks something: its checks", "run `verify` again")
+    return checks is not None
 
 
-def _commands(samples: Sequence[Sample], command: str) -> list[str]:
-    """What was typed, each once and in order, and how to make this page."""
-    typed = [str(sample.detail.get("command", "")) for sample in samples if sample.kind == "command"]
-    return [line for line in dict.fromkeys([*typed, command]) if line]
+def typed_commands(samples: Sequence[Sample]) -> list[str]:
+    """What was typed, each once and in order; first what verified the builds, which their stamps tell."""
+    stamps = [s.detail.get("verified") for s in samples if s.kind == "bundle"]
+    records = [record for stamp in stamps if isinstance(stamp, dict) for record in stamp.values()]
+    records += [s.detail for s in samples if s.kind == "command"]
+    typed = [str(record.get("command", "")) for record in records if isinstance(record, dict)]
+    return [line for line in dict.fromkeys(typed) if line]

@@ -10,8 +10,11 @@ from tinyllava_edge.benchmarks import report_formats as formats
 from tinyllava_edge.benchmarks import side_by_side as sides
 from tinyllava_edge.benchmarks import side_draw
 from tinyllava_edge.benchmarks.budget import Budget, parse_budget
-from tinyllava_edge.benchmarks.report import inline, page, render_report
+from tinyllava_edge.benchmarks.latency_compare import LatencyComparison
+from tinyllava_edge.benchmarks.out_file import check_target
+from tinyllava_edge.benchmarks.report import inline, page, render_report, typed_commands
 from tinyllava_edge.benchmarks.results import Sample, read_results
+from tinyllava_edge.benchmarks.summary_types import WHOLE
 from tinyllava_edge.errors import UsageError
 from tinyllava_edge.files import write_text
 
@@ -39,8 +42,9 @@ def write_report(
         A sentence for people: which build to ship, or what changed.
 
     Raises:
-        UsageError: `out` is no HTML file's name, an unknown budget, the same file twice, more than two files that hold
-            the same measurements, or two runs without a build in common.
+        UsageError: `out` is no HTML file's name, or a file that is read or no report's stands in a place; an unknown
+            budget, the same file twice, more than two files that hold the same measurements, or two runs without a
+            build in common.
         DataError: a file that can't be read, or runs that are not comparable.
         DependencyError: matplotlib, scipy or statsmodels is not installed.
     """
@@ -52,6 +56,7 @@ def write_report(
         raise UsageError("no results file", "name a results.jsonl that `bench` or `eval` wrote")
     if len({path.resolve() for path in files}) != len(files):
         raise UsageError("one results file is named twice", "name each file once")
+    _check_places(out, files)
     read = {path: read_results([path]) for path in files}
     text = budget.text if isinstance(budget, Budget) else budget if isinstance(budget, str) else ""
     if against is not None:
@@ -63,12 +68,23 @@ def write_report(
         a, b = results
         names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
         return _write_sides(read[a], read[b], names, out, limits, why, text, files)
-    command = _command(files, text)
+    command = _command(files, text, out, images=images)
     samples = [sample for path in results for sample in read[path]]
     markdown, png = out.with_suffix(".md"), out.with_suffix(".png")
     found = render_report(samples, out, images=images, markdown=markdown, png=png, budget=limits, command=command)
     ships = [f"{d.build or 'none'}" + (f" on {d.target}" if len(found.decisions) > 1 else "") for d in found.decisions]
     return f"ship {', '.join(ships)}"
+
+
+def _check_places(out: Path, files: Sequence[Path]) -> None:
+    """Refuse to write over what is read, or over a table or picture that no earlier report can have left there."""
+    for place in (out, out.with_suffix(".md"), out.with_suffix(".png")):
+        check_target(place, files)
+        if place != out and place.exists() and not out.exists():
+            raise UsageError(
+                f"{place}: stands there, and {out.name} doesn't, so it is no earlier report's",
+                f"move it, or name another file with -o: {place.suffix} is written beside the .html",
+            )
 
 
 def _write_sides(
@@ -83,16 +99,16 @@ def _write_sides(
 ) -> str:
     found = sides.side_by_side(a, b, names=names, budget=limits, why=why)
     lines = summary_lines(found)
-    typed = [str(s.detail.get("command", "")) for s in [*a, *b] if s.kind == "command"]
-    command = _command(files[:-1], budget, files[-1])
+    typed = typed_commands([*a, *b])
+    command = _command(files[:-1], budget, out, against=files[-1])
     drawn = side_draw.timed(found)
     stages = {stage: name for stage, name in sides.TIMED.items() if any(stage in c.times for c in found.changes)}
     text = page(
         "side_by_side.html",
         found=found,
         drawing=inline(side_draw.ratio_svg(found)) if drawn else "",
-        whole={stage: name for stage, name in stages.items() if stage in sides.WHOLE},
-        stages={stage: name for stage, name in stages.items() if stage not in sides.WHOLE},
+        whole={stage: name for stage, name in stages.items() if stage in WHOLE},
+        stages={stage: name for stage, name in stages.items() if stage not in WHOLE},
         powered=any(change.a.energy and change.b.energy for change in found.changes),
         medians=medians,
         step=sides.step,
@@ -111,7 +127,7 @@ def moved(found: sides.SideBySide) -> dict[str, list[str]]:
     """Builds that are shown to be slower, faster, worse or better in B."""
     table: dict[str, list[str]] = {"slower": [], "faster": [], "worse": [], "better": []}
     for change in found.changes:
-        for stage in sides.WHOLE:
+        for stage in WHOLE:
             one = change.times.get(stage)
             if one is not None and one.distinguishable:
                 kind = "slower" if one.ratio.estimate > 1 else "faster"
@@ -130,9 +146,11 @@ def summary_lines(found: sides.SideBySide) -> list[str]:
     table = moved(found)
     timed = sum(bool(change.times) for change in found.changes)
     answered = sum(bool(change.answers) for change in found.changes)
+    few = sum(one.verdict.startswith("too few") for change in found.changes for one in _whole(change))
+    unclear = f"too few rounds to tell in {few} of {sum(len(_whole(change)) for change in found.changes)} comparisons"
     lines = []
     for (bad, good), n, what, none in (
-        (("slower", "faster"), timed, "Times", "not distinguishable in any"),
+        (("slower", "faster"), timed, "Times", unclear if few else "not distinguishable in any"),
         (("worse", "better"), answered, "Answers", "not distinguishable in any"),
     ):
         words = table[bad] + table[good]
@@ -144,6 +162,10 @@ def summary_lines(found: sides.SideBySide) -> list[str]:
     if timed and (other := sides.unlike(found)):
         lines.append(f"Beware: {', '.join(other)} differ between the runs, so their times are not like for like.")
     return lines
+
+
+def _whole(change: sides.Change) -> list[LatencyComparison]:
+    return [one for stage, one in change.times.items() if stage in WHOLE]
 
 
 def medians(change: sides.Change, stage: str) -> str:
@@ -175,9 +197,12 @@ def _title(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths)
 
 
-def _command(files: Sequence[Path], budget: str, against: Path | None = None) -> str:
+def _command(
+    files: Sequence[Path], budget: str, out: Path, images: Path | None = None, against: Path | None = None
+) -> str:
     """How to make this page again; files by their names, for where they lie is nobody's business."""
     words = ["tinyllava-edge", "report", *(path.name for path in files)]
     words += ["--against", against.name] if against is not None else []
+    words += ["--images", images.resolve().name or "."] if images is not None else []
     words += ["--budget", budget] if budget else []
-    return shlex.join(words)
+    return shlex.join([*words, "-o", out.name])

@@ -59,11 +59,19 @@ def share(value: float | None) -> str:
     return "100" if value == 1 else f"{min(100 * value, 99.99):.2f}"
 
 
+def is_number(value: Any) -> bool:
+    """Whether these functions can print it: a number, or None for an absent one."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def limit(check: Mapping[str, Any]) -> str:
-    """The limits of one check in words."""
+    """The limits of one check in words. Raises ValueError where they are no table of numbers."""
     bounds = check.get("tolerance") or {}
     if not check.get("gated"):
         return NONE
+    known = bounds if isinstance(bounds, Mapping) else {"max_abs": bounds}
+    if not all(is_number(known.get(key)) for key in ("max_abs", "relative", "cosine", "share")):
+        raise ValueError(f"the tolerance {str(bounds)[:80]!r}")
     parts = [f"largest ≤ {bounds['max_abs']:g}"] if bounds.get("max_abs") is not None else []
     parts += [f"relative ≤ {bounds['relative']:g}"] if bounds.get("relative") is not None else []
     parts += [f"cosine ≥ {bounds['cosine']:g}"] if bounds.get("cosine") is not None else []

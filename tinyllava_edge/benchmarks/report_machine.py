@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tinyllava_edge.benchmarks import conditions as state
+from tinyllava_edge.benchmarks import report_formats as formats
+from tinyllava_edge.benchmarks.ceilings import UNITS
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.benchmarks.summary_types import BuildSummary
 
@@ -20,43 +22,73 @@ RUNTIME_FACTS = {
     "torch": "torch",
     "transformers": "transformers",
 }
+ENGINES = (
+    ("ggml_commit", "llama.cpp", "commit"),
+    ("ggml_version", "llama.cpp", "ggml"),
+    ("llama_cpp_system_info", "llama.cpp", ""),
+    ("onnxruntime_build", "ONNX Runtime", ""),
+)  # key of the runtime's facts, the engine that it tells of, what it tells
 CEILINGS = {
     "copy_gb_per_s": "memory copied",
     "read_gb_per_s": "memory read",
     "gemm_f32_gflop_per_s": "float32 matrix product",
     "gemm_int8_gop_per_s": "int8 matrix product",
 }
-UNITS = {
-    "copy_gb_per_s": "GB/s",
-    "read_gb_per_s": "GB/s",
-    "gemm_f32_gflop_per_s": "GFLOP/s",
-    "gemm_int8_gop_per_s": "GOP/s",
-}
 
 
 def machines(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """The machines that were measured on, each once, with its ceilings and what every runtime said of itself."""
+    """The machines that were measured on, each once, with its ceilings and what every runtime said of itself.
+
+    Where lines of one machine and runtime differ, say in the number of threads, each of the values is there.
+    """
     found: dict[str, dict[str, Any]] = {}
+    said: dict[tuple[str, str, str], list[str]] = {}
     for sample in samples:
         if sample.kind != "environment":
             continue
         detail = dict(sample.detail)
-        names = ("cpu", "memory_bytes", "limits", "system", "libraries")
+        names = ("cpu", "memory_bytes", "limits", "system", "libraries", "git_commit")
         key = json.dumps([sample.target, *(detail.get(name) for name in names)])
         machine = found.setdefault(
             key, {**detail, "runtimes": {}, "ceilings": _ceilings(samples, sample.target), "target": sample.target}
         )
+        machine["bounds"] = bounds(detail.get("limits"))
         old = detail.get("ceilings")
         if isinstance(old, dict) and not machine["ceilings"]:
             machine["ceilings"] = [_ceiling(name, value, "", "") for name, value in old.items()]
         runtime = detail.get("runtime")
         runtime = runtime if isinstance(runtime, dict) else {}
-        facts = [f"{name} {_flat(runtime[key])}" for key, name in RUNTIME_FACTS.items() if key in runtime]
-        if facts:
-            machine["runtimes"][f"{runtime.get('runtime', 'runtime')} runtime"] = "; ".join(facts)
-        if "llama_cpp_system_info" in runtime:
-            machine["runtimes"]["llama.cpp"] = str(runtime["llama_cpp_system_info"])
+        title = f"{runtime.get('runtime', 'runtime')} runtime"
+        for name, text in [*_facts(runtime, title), *engines(runtime)]:
+            values = said.setdefault((key, *name), [])
+            if text not in values:
+                values.append(text)
+    for (key, title, fact), values in said.items():
+        told = found[key]["runtimes"]
+        text = f"{fact} {' or '.join(values)}".strip()
+        told[title] = f"{told[title]}; {text}" if title in told else text
     return list(found.values())
+
+
+def bounds(limits: Any) -> str:
+    """A container's limits in words: memory in MB, processor time in cores."""
+    limits = limits if isinstance(limits, dict) else {}
+    memory, quota = limits.get("memory"), str(limits.get("cpu") or "").split()
+    parts = []
+    if isinstance(memory, str) and memory.isdecimal():
+        parts.append(f"memory {formats.mega(int(memory))} MB")
+    if len(quota) == 2 and all(word.isdecimal() and int(word) for word in quota):
+        parts.append(f"processor {int(quota[0]) / int(quota[1]):g} cores")
+    return ", ".join(parts) or "none"
+
+
+def engines(runtime: Mapping[str, Any]) -> list[tuple[tuple[str, str], str]]:
+    """What an environment says of the builds of llama.cpp and ONNX Runtime: (engine, fact) and its text."""
+    return [((title, fact), str(runtime[key])) for key, title, fact in ENGINES if runtime.get(key)]
+
+
+def _facts(runtime: Mapping[str, Any], title: str) -> list[tuple[tuple[str, str], str]]:
+    return [((title, name), _flat(runtime[key])) for key, name in RUNTIME_FACTS.items() if key in runtime]
 
 
 def conditions(samples: Iterable[Sample]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tinyllava_edge.benchmarks import report_formats as formats
+from tinyllava_edge.benchmarks import report_speed as speed
 from tinyllava_edge.benchmarks.compare import verdict
 from tinyllava_edge.benchmarks.decision import COSTS
 from tinyllava_edge.benchmarks.divergence_summary import CAUSES, DivergenceRow, summarise_divergence
@@ -14,9 +15,9 @@ from tinyllava_edge.benchmarks.evaluation import accuracy_by
 from tinyllava_edge.benchmarks.paired import Paired, compare_pair
 from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
 from tinyllava_edge.benchmarks.run_file import PICTURE
-from tinyllava_edge.benchmarks.stats import LEVEL, holm
+from tinyllava_edge.benchmarks.stats import LEVEL, Interval, holm
 from tinyllava_edge.benchmarks.summary import Summary, answer_records, headline
-from tinyllava_edge.benchmarks.summary_types import BuildSummary, on_target
+from tinyllava_edge.benchmarks.summary_types import NOISY, WHOLE, BuildSummary, on_target
 from tinyllava_edge.errors import DataError
 
 CAUSE_NAMES = {
@@ -111,16 +112,21 @@ def budget_table(summary: Summary, target: str) -> dict[str, Any]:
 
 
 def markdown_table(summary: Summary) -> str:
-    """The table of builds in GitHub's Markdown; columns that nobody measured are left out."""
-    rows = summary.rows
+    """The table of builds in GitHub's Markdown; columns that nobody measured are left out.
+
+    Raises DependencyError without scipy, where two builds were timed.
+    """
+    rows, speeds = summary.rows, speed.speeds(summary)
+    compared = bool(speed.how(speeds))
     columns: list[tuple[str, list[str]]] = [
         ("build", [f"**{cell(row.label)}**" if summary.ships(row) else cell(row.label) for row in rows]),
         ("verified", [{True: "yes", False: "no", None: "–"}[row.verified] for row in rows]),
-        ("accuracy", [formats.percent(row.accuracy) for row in rows]),
-        ("change, points", [formats.points(row.flips.difference.estimate) if row.flips else "–" for row in rows]),
+        ("accuracy", [_accuracy(row) for row in rows]),
+        ("change, points", [_change(row) for row in rows]),
         ("flips", [_flips(row) for row in rows]),
-        ("TTFT, ms", [formats.ms(row.ttft.estimate) + _star(row, "ttft_ms") if row.ttft else "–" for row in rows]),
-        ("total, ms", [formats.ms(row.total.estimate) + _star(row, "total_ms") if row.total else "" for row in rows]),
+        ("TTFT, ms", [_time(row.ttft) + _star(row, "ttft_ms") if row.ttft else "–" for row in rows]),
+        ("TTFT, ratio", [speeds[row.key].cell() if compared and row.key in speeds else "" for row in rows]),
+        ("total, ms", [_time(row.total) + _star(row, "total_ms") if row.total else "" for row in rows]),
         ("decode, tokens/s", [formats.number(row.stages.get("decode_tokens_per_s")) for row in rows]),
         ("size, MB", [formats.mega(row.bytes) for row in rows]),
         ("peak, MB", [formats.mega(row.memory.get("peak_rss")) for row in rows]),
@@ -132,6 +138,30 @@ def markdown_table(summary: Summary) -> str:
     return "\n".join(lines) + "\n"
 
 
+def legend(summary: Summary) -> list[str]:
+    """Sentences that the Markdown table needs: what its brackets, ratios and stars mean, and on how much they rest."""
+    timed = [row for row in summary.rows if row.ttft]
+    words = [
+        "Brackets: 95 % intervals, Wilson's for accuracy, drawn over pictures for its change, and for times as if each "
+        "answer were independent of the one before."
+    ]
+    if timed:
+        counts = sorted({row.samples for row in timed})
+        many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        words = [f"Times are medians of {many} answers per build, {in_turns(summary)}, batch 1.", *words]
+    if how := speed.how(speed.speeds(summary)):
+        words.append(f"Ratio: {cell(how)}.")
+    if any(row.scatters(stage) for row in timed for stage in WHOLE):
+        words.append(f"\\*: coefficient of variation over {100 * NOISY:.0f} %: measure again on a quiet machine.")
+    return words
+
+
+def in_turns(summary: Summary) -> str:
+    """Under which conditions builds were timed."""
+    runs = max((row.runs for row in summary.builds), default=1)
+    return "builds in turns within one run" if runs == 1 else f"builds in turns, up to {runs} runs pooled"
+
+
 def cell(text: str) -> str:
     """Text that stays one cell of a Markdown table, and stays text."""
     plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -140,6 +170,22 @@ def cell(text: str) -> str:
 
 def _flips(row: BuildSummary) -> str:
     return f"{len(row.flips.correct_to_wrong)} worse, {len(row.flips.wrong_to_correct)} better" if row.flips else "–"
+
+
+def _accuracy(row: BuildSummary) -> str:
+    found = row.accuracy
+    return f"{formats.percent(found)} ({100 * found.low:.1f} to {100 * found.high:.1f})" if found else formats.NONE
+
+
+def _change(row: BuildSummary) -> str:
+    if row.flips is None:
+        return "–"
+    gap = row.flips.difference
+    return f"{formats.points(gap.estimate)} ({formats.points(gap.low)} to {formats.points(gap.high)})"
+
+
+def _time(value: Interval) -> str:
+    return f"{formats.ms(value.estimate)} ({formats.ms(value.low)} to {formats.ms(value.high)})"
 
 
 def _star(row: BuildSummary, stage: str) -> str:

@@ -102,6 +102,18 @@ def roofline_shares(samples: Sequence[Sample]) -> dict[tuple[Any, ...], float]:
     return found
 
 
+def roofline_notes(samples: Sequence[Sample]) -> list[str]:
+    """Why some stages have no share of the roofline: each reason once, with the stages that it holds for."""
+    from tinyllava_edge.benchmarks import roofline
+
+    found: dict[str, list[str]] = {}
+    for row in roofline.shares(samples):
+        name = STAGE_NAMES.get(row.stage.partition("@")[0], (row.stage, ""))[0]
+        if row.share_percent is None and row.note and name not in found.setdefault(row.note, []):
+            found[row.note].append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in found.items()]
+
+
 def _stages(row: BuildSummary) -> dict[str, float]:
     """Stage → median in ms; prefill in its two parts where both were measured."""
     split = all(row.stages.get(name, 0.0) > 0 for name in SPLIT)

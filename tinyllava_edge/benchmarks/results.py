@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_edge.errors import DataError
-from tinyllava_edge.files import new_file
+from tinyllava_edge.files import has_huge_integer, new_file
 
 SCHEMA = 1
 KINDS = (
@@ -175,6 +175,7 @@ class AnswerRecord:
 
 
 _REQUIRED = ("id", "image", "question", "expected", "given", "question_type", "tier")
+_HALF = "\\ud"  # JSON's escape of any surrogate begins so
 _EMPTY: tuple[Any, ...] = ("", [], {}, None)
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
@@ -195,8 +196,21 @@ def write_results(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def to_line(sample: Sample) -> str:
-    """One JSON line with its newline."""
-    return json.dumps(sample.to_dict(), ensure_ascii=True, allow_nan=False) + "\n"  # a kill can't halve a character
+    """One JSON line with its newline. Half characters, as odd file names bring, become visible escapes."""
+    value = sample.to_dict()
+    line = json.dumps(value, ensure_ascii=True, allow_nan=False)  # a kill can't halve a character
+    if _HALF in line:
+        line = json.dumps(_whole_text(value), ensure_ascii=True, allow_nan=False)
+    return line + "\n"
+
+
+def _whole_text(value: Any) -> Any:
+    """The JSON value with UTF-8 texts only: a surrogate that stands alone is written out, e.g. as `\\udce9`."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_whole_text(key): _whole_text(inner) for key, inner in value.items()}
+    return [_whole_text(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_results(paths: Sequence[Path], *, tolerate_cut: bool = False) -> list[Sample]:
@@ -207,12 +221,14 @@ def read_results(paths: Sequence[Path], *, tolerate_cut: bool = False) -> list[S
         tolerate_cut: drop a last line without newline, which a killed run leaves.
 
     Raises:
-        DataError: a missing file, a line that is not JSON, another schema, an unknown kind or a value out of range; the
-            line is named.
+        DataError: a missing file, a pipe or a device, a line that is not JSON, another schema, an unknown kind or a
+            value out of range; the line is named.
     """
     samples: list[Sample] = []
     for path in paths:
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise OSError("no regular file")
             lines = path.read_bytes().split(b"\n")  # an answer may hold other line breaks
         except OSError as error:
             raise DataError(
@@ -229,7 +245,8 @@ def read_results(paths: Sequence[Path], *, tolerate_cut: bool = False) -> list[S
 def _parse(line: bytes, where: str) -> Sample:
     try:
         value = json.loads(line.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # refuses lone surrogates and NaN
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")  # lone surrogates can't be
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error})", "remove the line, or measure again") from error
     if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or value.get("kind") not in KINDS:
@@ -248,6 +265,8 @@ def _parse(line: bytes, where: str) -> Sample:
         raise DataError(f"{where}: a value has the wrong type", "measure again with this version")
     if number is not None and not abs(number) < 1e18:
         raise DataError(f"{where}: value is not a number below 1e18", "remove the line, or measure again")
+    if has_huge_integer(value, text):
+        raise DataError(f"{where}: a whole number beyond 64 bits", "remove the line, or measure again")
     if value["kind"] == "bundle":
         detail = value["detail"]
         if not isinstance(detail.get("verified", {}), dict) or not isinstance(detail.get("sha256", ""), str):

@@ -1,9 +1,11 @@
 """Each stage as a share of what this machine could do at best: its least work over the ceilings measured in that run.
 
-    vision, prefill    operations: each kind (float, int8) at its own GEMM rate, added up
+    vision, prefill    the longer of: operations, each kind (float, int8) at its own GEMM rate, added up; and bytes of
+                       the weights (and of the prompt's keys and values), once, at the read bandwidth
     decode, load       bytes at the read bandwidth; preprocess at the copy bandwidth
     share              least possible time / median time, in percent
 
+Ceilings are the CPU's, for each number of threads that was measured with. A GPU has none here, so its rows have a note.
 Over 100 % means that the ceiling doesn't bind: a small model's weights stay in a cache, or llama.cpp's products beat
 ONNX Runtime's, which the ceiling was measured with. All work is in work.py; it stands in the results' `bundle` line.
 """
@@ -13,8 +15,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.benchmarks.work import BuildWork
@@ -27,6 +28,9 @@ _TEST = re.compile(r"(pp|tg)([1-9]\d{0,8})")
 _SIZE = re.compile(r"([1-9]\d{0,8})x([1-9]\d{0,8})")
 _IN_CACHE = "over 100 %: what it reads stays in a cache"
 _FASTER = "over 100 %: its kernels beat the measured product"
+_NO_MACHINE = "no ceilings were measured for this target and number of threads"
+_NO_WORK = "the build's work isn't known: its bundle line holds none"
+_UNKNOWN = "what it takes isn't known: a ceiling, the picture's size or the prompt's length wasn't recorded"
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,6 @@ class Share:
     note: str = ""
     """why there is no share, or what one over 100 % means"""
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class _Case:
@@ -67,6 +67,8 @@ class _Case:
     ceilings: Mapping[str, float]
     size: float | None
     """bytes of the build's files"""
+    vision: float
+    """bytes of its vision graph; 0 where they aren't known"""
     prompt: int
     image: int
     steps: float
@@ -78,12 +80,9 @@ _Least = tuple[float, str, float]  # work, its unit, least seconds
 
 
 def shares(samples: Sequence[Sample]) -> list[Share]:
-    """Shares of every build, stage by stage, in the samples' order.
-
-    Builds whose bundle line holds no work, and targets without ceilings of their own, have no rows.
-    """
+    """Shares of every build, stage by stage, in the samples' order; a stage without one has a row with the reason."""
     works, ceilings = _works(samples), _ceilings(samples)
-    sizes = {(s.target, s.environment_id, s.build): s.value for s in samples if s.kind == "size" and s.stage == "total"}
+    sizes = {(s.target, s.build, s.stage): s.value for s in samples if s.kind == "size"}
     groups: dict[tuple[str, str, str, str, str], dict[str, list[Sample]]] = {}
     for sample in samples:
         if sample.kind == "latency" and sample.value is not None and sample.value > 0:
@@ -95,63 +94,83 @@ def shares(samples: Sequence[Sample]) -> list[Share]:
         work = works.get((environment, build)) or works.get(("", build))
         rates = ceilings.get((target, environment))
         if work is None or not rates:
+            for stage, found in stages.items():
+                if _known(plain := stage.partition("@")[0]):
+                    told = NO_CEILING.get(plain) or (_NO_WORK if work is None else _NO_MACHINE)
+                    rows.append(Share(target, runtime, build, stage, _ms(plain, found), None, "", None, None, told))
             continue
         details = [s.detail for found in stages.values() for s in found]
         case = _Case(
             work,
             rates,
-            sizes.get((target, environment, build)),
+            sizes.get((target, build, "total")),
+            sizes.get((target, build, "vision")) or 0.0,
             prompt=int(_median(_whole(detail.get("prompt_tokens")) for detail in details)),
             image=int(_median(_whole(detail.get("image_tokens")) for detail in details)),
             steps=_median(len(d["token_ms"]) for d in details if isinstance(d.get("token_ms"), list)),
             picture=next((d["image_size"] for d in details if isinstance(d.get("image_size"), str)), ""),
         )
         for stage, found in stages.items():
-            value = statistics.median(float(s.value) for s in found if s.value is not None)
-            row = _share(stage.partition("@")[0], value, case)
-            if row is not None:
-                rows.append(Share(target, runtime, build, stage, *row))
+            if _known(plain := stage.partition("@")[0]):
+                rows.append(Share(target, runtime, build, stage, *_share(plain, _ms(plain, found), case)))
     return rows
 
 
-def _share(
-    stage: str, value: float, case: _Case
-) -> tuple[float, float | None, str, float | None, float | None, str] | None:
-    if stage in NO_CEILING:
-        return value, None, "", None, None, NO_CEILING[stage]
+def _known(stage: str) -> bool:
+    """Whether this is a stage that does work; whole answers are made of several."""
+    return stage in NO_CEILING or stage in _STAGES or _TEST.fullmatch(stage) is not None
+
+
+def _ms(stage: str, found: Sequence[Sample]) -> float:
+    """The median in ms: of the stage, of a whole `pp` test, of one token of a `tg` test and of an answer."""
+    value = statistics.median(float(s.value) for s in found if s.value is not None)
     test = _TEST.fullmatch(stage)
     if test:
-        least = _LEAST[test[1]](case, int(test[2]))
-        count = int(test[2])
-        ms = 1000 * (count / value if test[1] == "pp" else 1 / value)
-    elif stage in _STAGES:
-        least = _STAGES[stage](case)
-        ms = 1000 / value if stage == "decode_tokens_per_s" else value
-    else:
-        return None
-    if least is None:
-        return None
+        return 1000 * int(test[2]) / value if test[1] == "pp" else 1000 / value
+    return 1000 / value if stage == "decode_tokens_per_s" else value
+
+
+def _share(stage: str, ms: float, case: _Case) -> tuple[float, float | None, str, float | None, float | None, str]:
+    if stage in NO_CEILING:
+        return ms, None, "", None, None, NO_CEILING[stage]
+    test = _TEST.fullmatch(stage)
+    least = _LEAST[test[1]](case, int(test[2])) if test else _STAGES[stage](case)
+    if least is None or least[0] <= 0 or least[2] <= 0:
+        return ms, None, "", None, None, _UNKNOWN
     amount, unit, seconds = least
-    if amount <= 0 or seconds <= 0:
-        return None
     percent = 100_000 * seconds / ms
     note = "" if percent <= 100 else _IN_CACHE if unit == "GB" else _FASTER
     return ms, amount, unit, amount / seconds, percent, note
 
 
 def _vision(case: _Case) -> _Least | None:
-    return _operations(case, case.work.vision_float, case.work.vision_int8)
+    return _longer(
+        _operations(case, case.work.vision_float, case.work.vision_int8), _bytes(case, case.vision, "read_gb_per_s")
+    )
 
 
 def _prefill(case: _Case, rows: int, pairs: float, heads: int) -> _Least | None:
+    """Operations of so many positions; or the weights once, and each position's keys and values."""
     if rows <= 0:
         return None
     work = case.work
-    return _operations(
+    counted = _operations(
         case,
         rows * work.body_float + heads * work.head_float + pairs * work.pair,
         rows * work.body_int8 + heads * work.head_int8,
     )
+    read = (work.token_bytes if heads else _body_bytes(work)) + rows * work.position_bytes
+    return _longer(counted, _bytes(case, read, "read_gb_per_s"))
+
+
+def _body_bytes(work: BuildWork) -> float:
+    """Bytes of the weights but the head, at least: one of the head's has 4 bytes at most, quantised 34/32 (Q8_0)."""
+    return max(0.0, work.token_bytes - 4 * work.head_float / 2 - 34 / 32 * work.head_int8 / 2)
+
+
+def _longer(counted: _Least | None, read: _Least | None) -> _Least | None:
+    """What takes longer; operations must be known, since bytes alone would make a small share of most stages."""
+    return counted if counted is None or read is None or counted[2] >= read[2] else read
 
 
 def _pairs(positions: int) -> float:

@@ -1,7 +1,8 @@
-"""The rounds of a measurement: warm up, then every build answers once a round, in an order that rotates.
+"""The rounds of a measurement: warm up, then every build answers once a round, in an order drawn anew each round.
 
-A B C, B C A, C A B …: what a machine does over minutes, growing hot or being used by others, meets all builds alike.
-Whether another round follows is decided once for all builds, by their number and by the clock; no sample is dropped.
+What a machine does over minutes, growing hot or being used by others, so meets all builds alike, and no build always
+follows the same one, whose traces in the caches it would inherit. The draw is seeded. Whether another round follows is
+decided once for all builds (see stop_rule); no sample is dropped.
 While an answer is made nothing else runs here: no thread polls, and Python's garbage collector waits.
 """
 
@@ -10,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_edge import prompt
-from tinyllava_edge.benchmarks.bench_grid import ANSWER, Task, decoder_test, spelled
+from tinyllava_edge.benchmarks.bench_grid import ANSWER, MAX_TOKENS, Task, decoder_test, spelled
+from tinyllava_edge.benchmarks.energy import whole_readings
 from tinyllava_edge.benchmarks.results import Sample
-from tinyllava_edge.errors import UsageError
+from tinyllava_edge.benchmarks.stop_rule import Seen
+from tinyllava_edge.benchmarks.stop_rule import StopRule as StopRule
 from tinyllava_edge.files import sha256_file
 
 if TYPE_CHECKING:
@@ -29,39 +32,9 @@ if TYPE_CHECKING:
 WARM_UP = 2  # whole answers, each with the vision graph, and decoder tests; the first answer is kept as the cold one
 IDLE = ("load_ms", "queue_ms")  # not part of a warm answer that nobody else waits for
 OPTIONAL = ("image_prefill_ms", "text_prefill_ms", "total_ms")  # 0 where a runtime doesn't measure them
+SEED = 0  # of the orders
 _TALK_S = 1.0  # a line of progress at most so often
 Progress = Callable[[str], None] | None
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """Rounds go on until both minima are met, or the cap is hit."""
-
-    repetitions: int = 20
-    """rounds at least; medians need 10 or more to mean something"""
-    min_time_s: float = 0.0
-    """seconds of measuring at least, warm-up not counted"""
-    max_time_s: float = math.inf
-    """seconds after which no further round begins, even if a minimum isn't met"""
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a value out of range."""
-        if self.repetitions < 1:
-            raise UsageError(f"{self.repetitions} repetitions", "give --repetitions 1 or more")
-        if not 0 <= self.min_time_s < math.inf or not self.max_time_s > 0:
-            raise UsageError(
-                f"--min-time {self.min_time_s}, --max-time {self.max_time_s}", "give seconds, the cap above 0"
-            )
-        if self.max_time_s < self.min_time_s:
-            raise UsageError(
-                f"--max-time {self.max_time_s:g} is shorter than --min-time {self.min_time_s:g}", "raise the cap"
-            )
-
-    def verdict(self, rounds: int, seconds: float) -> str:
-        """Why to stop after so many rounds and seconds; empty to go on."""
-        if rounds >= self.repetitions and seconds >= self.min_time_s:
-            return "count and time"
-        return "max-time" if seconds >= self.max_time_s else ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +66,7 @@ class Question:
 
     text: str
     """the question"""
-    max_tokens: int = 16
+    max_tokens: int = MAX_TOKENS
     """longest answer"""
 
 
@@ -108,7 +81,10 @@ class Rounds:
     seconds: float = 0.0
     """how long they took"""
     stopped_by: str = ""
-    """`count and time`, or `max-time` where the cap came first"""
+    """`count and time`, `resolution`, or the cap that came first: `most rounds`, `max-time`"""
+    resolution: float | None = None
+    """change between two builds that four of five such measurements would find, 0.05 is 5 %; the worst of all builds
+    and tests; None with too few rounds"""
 
 
 def measure(
@@ -118,7 +94,7 @@ def measure(
     rule: StopRule,
     *,
     run: str = "",
-    meter: Meter | None = None,
+    meters: Mapping[str, Meter] | None = None,
     progress: Progress = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Rounds:
@@ -130,7 +106,7 @@ def measure(
         question: what is asked in answers.
         rule: when to stop.
         run: names this run in the samples' details, so that rounds can be paired later.
-        meter: energy counters, read around each answer; None doesn't measure energy.
+        meters: target → energy counters, read around each answer; energy isn't measured for other targets.
         progress: receives a line now and then, between answers.
         clock: seconds, for the stop rule.
     """
@@ -139,28 +115,34 @@ def measure(
     for arm in arms:
         samples += _warm_up(arm, tasks, question)
         _say(progress, f"{arm.label}: warm")
-    blind = meter is not None and meter.source == ""
-    if meter is not None and blind:
-        reading = {"source": "", "reason": meter.reason}
-        samples += [_line(arm, "energy", "answer", None, "J", 0, reading) for arm in arms if not arm.mark]
+    given = meters or {}
+    blind = [(arm, given[arm.target]) for arm in arms if arm.target in given and not given[arm.target].source]
+    for arm, meter in blind:
+        if not arm.mark:
+            samples.append(_line(arm, "energy", "answer", None, "J", 0, {"source": "", "reason": meter.reason}))
+    seeing = {target: meter for target, meter in given.items() if meter.source}
+    draw, seen = random.Random(SEED), Seen(_groups(arms))
     start = last_said = clock()
     done, stopped_by, spent = 0, "", 0.0
     while not stopped_by:
         for task in tasks:
-            turn = done % len(arms)
-            for order, arm in enumerate([*arms[turn:], *arms[:turn]]):
+            for order, place in enumerate(draw.sample(range(len(arms)), len(arms))):
+                arm = arms[place]
                 detail = {"order": order, "run": run, "n_threads": arm.n_threads}
                 if task.picture_size:
                     detail["image_size"] = spelled(task.picture_size)
-                samples += _one(arm, task, question, done, detail, facts[task], None if blind else meter)
+                found = _one(arm, task, question, done, detail, facts[task], seeing.get(arm.target))
+                seen.add(f"{task.name}{task.mark}", place, _whole_ms(found))
+                samples += found
         done += 1
         now = clock()
         spent = now - start
-        stopped_by = rule.verdict(done, spent)
+        known = seen.look(done) if rule.resolution and rule.minima(done, spent) else None
+        stopped_by = rule.verdict(done, spent, known)
         if stopped_by or now - last_said >= _TALK_S:
             last_said = now
             _say(progress, f"round {done}" + (f": done after {spent:.1f} s" if stopped_by else f", {spent:.0f} s"))
-    return Rounds(samples, done, spent, stopped_by)
+    return Rounds(whole_readings(samples), done, spent, stopped_by, seen.resolution())
 
 
 @contextlib.contextmanager
@@ -229,9 +211,27 @@ def _one(
         answer = arm.runtime.answer(task.picture, question.text, max_tokens=question.max_tokens)
     samples = answer_samples(arm, answer, number, detail, facts, mark)
     if reading is not None:
-        told = {"source": reading.source} | ({"reason": reading.reason} if reading.reason else {})
+        told: dict[str, Any] = {"source": reading.source} | ({"reason": reading.reason} if reading.reason else {})
+        told |= {"stood_still": True} if reading.stood_still else {}
         samples.append(_line(arm, "energy", f"answer{mark}", reading.joules, "J", number, told))
     return samples
+
+
+def _groups(arms: Sequence[Arm]) -> list[list[int]]:
+    """Places of the arms that differ in nothing but the build."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for place, arm in enumerate(arms):
+        found.setdefault((arm.target, arm.mark), []).append(place)
+    return list(found.values())
+
+
+def _whole_ms(found: Sequence[Sample]) -> float:
+    """How long an answer took to its last token, or a decoder test."""
+    stages = {sample.stage.partition("@")[0]: sample for sample in found if sample.kind == "latency"}
+    for name in ("total_ms", "ttft_ms"):
+        if name in stages:
+            return stages[name].value or 0.0
+    return float(next((sample.detail["ms"] for sample in stages.values() if "ms" in sample.detail), 0.0))
 
 
 def _facts(task: Task, question: Question, runtime: Any) -> dict[str, Any]:

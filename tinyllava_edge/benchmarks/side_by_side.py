@@ -19,8 +19,9 @@ from tinyllava_edge.benchmarks.report_tables import cell
 from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
 from tinyllava_edge.benchmarks.run_file import PICTURE
 from tinyllava_edge.benchmarks.stats import LEVEL, holm
-from tinyllava_edge.benchmarks.summary import Summary, answer_records, pooled_runs, summarise, threads_by_environment
-from tinyllava_edge.benchmarks.summary_types import REFERENCE, BuildSummary
+from tinyllava_edge.benchmarks.summary import Summary, answer_records, summarise
+from tinyllava_edge.benchmarks.summary_runs import Setting, pooled_runs, settings_by_environment
+from tinyllava_edge.benchmarks.summary_types import REFERENCE, WHOLE, BuildSummary
 from tinyllava_edge.errors import DataError, UsageError
 
 Key = tuple[str, str, str]  # target, runtime, build
@@ -31,16 +32,17 @@ TIMED = {
     "prefill_ms": "prefill",
     "decode_tokens_per_s": "decode, per token",
 }
-WHOLE = ("ttft_ms", "total_ms")  # times that a verdict on a build rests on
 POOLED = ("latency", "energy", "memory")  # kinds that joining would pool
 ASKED = {
     "threads": "n_threads",
     "picture": "image_sha256",
     "picture's size": "image_size",
-    "question": "question_sha256",
+    "question": "prompt_sha256",
     "longest answer": "max_tokens",
 }  # what an answer's time depends on, and where it is recorded
 FACTS = ("system", "memory_bytes", "cpu", "limits", "libraries", "git_commit")
+LOAD = "load"  # what a difference in load is called
+LOADED = 0.5  # runnable processes: runs whose load differs by more did not meet the same conditions
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _adjust(changes: Sequence[Change]) -> tuple[Change, ...]:
 def _times(samples: Sequence[Sample], key: Key) -> dict[str, list[Sample]]:
     """Stage → latency lines of one build under its first settings, as far as they can be compared."""
     own = [s for s in samples if (s.target, s.runtime, s.build) == key]
-    kept, _, _ = pooled_runs(own, threads_by_environment(samples))
+    kept, _, _ = pooled_runs(own, settings_by_environment(samples))
     table: dict[str, list[Sample]] = {}
     for sample in kept:
         if sample.kind == "latency" and sample.stage in TIMED and sample.value is not None and sample.value > 0:
@@ -249,11 +251,13 @@ def _setting(a: Sequence[Sample], b: Sequence[Sample]) -> list[tuple[str, str, s
         old, new = (list(dict.fromkeys(_flat(s.detail.get(name)) for s in run if s.kind == kind)) for run in (a, b))
         if old and new and old != new:
             rows.append(("bundle" if kind == "bundle" else name.replace("_", " "), "; ".join(old), "; ".join(new)))
+    if (loads := _loads(a, b)) is not None:
+        rows.append((LOAD, *loads))
     timed = [[s for s in run if s.kind == "latency" and s.stage == "ttft_ms"] for run in (a, b)]
-    tables = [threads_by_environment(run) for run in (a, b)]
+    tables = [settings_by_environment(run) for run in (a, b)]
     for name, key in ASKED.items():
         before, after = (
-            sorted({_flat(table.get(s.environment_id) if key == "n_threads" else s.detail.get(key)) for s in run})
+            sorted({_flat(_threads(table, s) if key == "n_threads" else s.detail.get(key)) for s in run})
             for run, table in zip(timed, tables, strict=True)
         )
         if before and after and before != after:
@@ -261,9 +265,31 @@ def _setting(a: Sequence[Sample], b: Sequence[Sample]) -> list[tuple[str, str, s
     return rows
 
 
+def _loads(a: Sequence[Sample], b: Sequence[Sample]) -> tuple[str, str] | None:
+    """The machine's load before and after each run, where it was not the same in both."""
+    spans = []
+    for run in (a, b):
+        lines = [s for s in run if s.kind == "condition"]
+        averages = [s.detail.get("load_average") for s in lines]
+        spans.append([float(one[0]) for one in averages if isinstance(one, list) and one and _number(one[0])])
+    if not all(spans):
+        return None
+    apart = max(abs(pick(spans[0]) - pick(spans[1])) for pick in (min, max))
+    first, second = (" → ".join(f"{value:.2f}" for value in span) for span in spans)
+    return (first, second) if apart > LOADED else None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _threads(table: Mapping[str, Setting], sample: Sample) -> Any:
+    return table.get(sample.environment_id, Setting()).threads
+
+
 def unlike(found: SideBySide) -> list[str]:
     """What differs of that which times depend on by right, so that they are not like for like."""
-    return [name for name, _, _ in found.setting if name in ASKED or name == "cpu"]
+    return [name for name, _, _ in found.setting if name in ASKED or name in ("cpu", "limits", LOAD)]
 
 
 def _flat(value: Any) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava_edge.benchmarks.report_draw import PAPER, STAND_INS, dress, new_figure, short, svg_text
-from tinyllava_edge.benchmarks.side_by_side import TIMED, WHOLE, Change, SideBySide
+from tinyllava_edge.benchmarks.side_by_side import TIMED, Change, SideBySide
+from tinyllava_edge.benchmarks.summary_types import WHOLE
 from tinyllava_edge.files import new_file
 
 
@@ -48,5 +49,5 @@ def _figure(found: SideBySide, theme: Mapping[str, str]) -> Any:
     axes.set_yticks(range(len(rows)), names, parse_math=False)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", colors=theme["ink"], length=0)
-    axes.set_xlabel("change of the median time from A to B, % (right: slower)", color=theme["ink"], size=9.5)
+    axes.set_xlabel("change of the time from A to B, % (right: slower)", color=theme["ink"], size=9.5)
     return figure

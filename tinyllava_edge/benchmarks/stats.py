@@ -21,6 +21,7 @@ from tinyllava_edge.benchmarks.results import AnswerRecord
 from tinyllava_edge.errors import DataError, DependencyError, UsageError
 
 LEVEL = 0.95  # every interval of this module
+_DRAWN = 1 << 22  # values that a bootstrap holds at once
 _SAME = "evaluate both on the same questions under the same protocol"
 _ASKED = ("task", "protocol", "question", "expected", "image", "unit", "prompt_sha256", "image_sha256")
 _asked = operator.attrgetter(*_ASKED)
@@ -54,7 +55,7 @@ class Flips:
     p_value: float
     """exact two-sided McNemar test on the two lists above"""
     difference: Interval
-    """accuracy of the build minus the reference's, in points, bootstrapped over pictures"""
+    """accuracy of the build minus the reference's, in points, bootstrapped over pictures, as in `paired.Paired`"""
 
 
 def median(values: Sequence[float]) -> float:
@@ -84,8 +85,12 @@ def median_interval(values: Sequence[float], *, resamples: int = 2000, seed: int
     """Median with a percentile-bootstrap interval; the same values and seed give the same bounds."""
     _need(values)
     data = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(data), (resamples, len(data)))
-    low, high = np.quantile(np.median(data[draws], axis=1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    chance, rows = np.random.default_rng(seed), max(1, _DRAWN // len(data))  # a few at a time: n may be large
+    medians = [
+        np.median(data[chance.integers(0, len(data), (min(rows, resamples - done), len(data)))], axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    low, high = np.quantile(np.concatenate(medians), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(median(values), float(low), float(high))
 
 
@@ -169,14 +174,17 @@ def align(
 
 
 def _difference(pairs: Sequence[tuple[AnswerRecord, AnswerRecord]]) -> Interval:
-    """Paired difference in points; whole pictures are drawn, because questions on one picture hang together."""
+    """Paired difference in points; whole pictures are drawn, because questions on one picture hang together.
+
+    Where all pictures change alike, or there is but one, `clusters.smoothed` ones are drawn, as in `paired`: no change
+    at all is no proof of none.
+    """
     if not pairs:
         return Interval(0.0, 0.0, 0.0)
     gains = [float(int(new.correct) - int(old.correct)) for old, new in pairs]
     groups = clusters.cluster(gains, [old.image for old, _ in pairs])
-    if len(groups.sums) < 2:
-        return Interval(*(3 * [100 * groups.mean]))
-    low, high = np.quantile(clusters.resampled(groups), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    spreading = groups if clusters.standard_error(groups) else clusters.smoothed(groups)
+    low, high = np.quantile(clusters.resampled(spreading), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Interval(100 * groups.mean, 100 * float(low), 100 * float(high))
 
 

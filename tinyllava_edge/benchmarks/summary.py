@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tinyllava_edge.benchmarks import stats
+from tinyllava_edge.benchmarks import energy, stats
 from tinyllava_edge.benchmarks.decision import Budget, decide
 from tinyllava_edge.benchmarks.evaluation import accuracy, accuracy_by
 from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
 from tinyllava_edge.benchmarks.run_file import BLIND, PICTURE
 from tinyllava_edge.benchmarks.stats import Interval
+from tinyllava_edge.benchmarks.summary_runs import DEVICE_KINDS, pooled_runs, settings_by_environment
 from tinyllava_edge.benchmarks.summary_types import (
     ALLOWED_LOSS,
     EDGE,
     NOISY,
     REFERENCE,
     STAGES,
+    WHOLE,
     BuildSummary,
     Decision,
     Summary,
@@ -45,8 +46,6 @@ __all__ = [
     "summarise",
 ]
 Key = tuple[str, str, str]  # target, runtime, build
-DEVICE_KINDS = ("latency", "memory", "energy")  # what belongs to a target alone
-FACTS = ("image_size", "image_sha256", "question_sha256", "max_tokens")  # runs that differ in them are never pooled
 
 
 def summarise(samples: Sequence[Sample], budget: Budget | None = None) -> Summary:
@@ -124,39 +123,6 @@ def apart(records: Sequence[AnswerRecord]) -> list[AnswerRecord]:
     return tiered if len(tiered) < len(records) else []
 
 
-def pooled_runs(own: Sequence[Sample], threads: Mapping[str, Any]) -> tuple[list[Sample], int, int]:
-    """A build's latency and energy lines without the runs that had other settings than the first one.
-
-    Args:
-        own: lines of one build on one target.
-        threads: environment id → number of threads.
-
-    Returns:
-        The lines, how many runs they pool, and how many runs are left out.
-    """
-    asked: dict[tuple[str, str], list[str]] = {}
-    for sample in own:
-        if sample.kind == "latency" and (sample.stage == "ttft_ms" or "run" in sample.detail):
-            facts = asked.setdefault(_run(sample), [])
-            if sample.stage == "ttft_ms" and not facts:  # decoder tests have no picture: their runs go with any
-                facts += [json.dumps(sample.detail.get(name)) for name in FACTS]
-    first = next(iter(asked), ("", ""))
-    known = next((facts for facts in asked.values() if facts), [])
-    others = {
-        run
-        for run, facts in asked.items()
-        if threads.get(run[0]) != threads.get(first[0]) or (facts and facts != known)
-    }
-    kept = [s for s in own if s.kind not in ("latency", "energy") or _run(s) not in others]
-    repeats = Counter((_run(s), s.sample) for s in kept if s.kind == "latency" and s.stage == "ttft_ms")
-    timed = {_run(s) for s in kept if s.kind == "latency" and s.stage == "ttft_ms"}
-    return kept, max(len(timed), *repeats.values(), 1), len(others)
-
-
-def _run(sample: Sample) -> tuple[str, str]:
-    return sample.environment_id, str(sample.detail.get("run", ""))
-
-
 def _answers(samples: Sequence[Sample], key: Key, stage: str) -> list[AnswerRecord]:
     return answer_records(samples, key[1], key[2], stage, key[0])
 
@@ -208,12 +174,12 @@ def _build(
     target, runtime, build = key
     counted = headline(records)
     own, runs, left_out = pooled_runs(
-        [s for s in samples if (s.target, s.runtime, s.build) == key], threads_by_environment(samples)
+        [s for s in samples if (s.target, s.runtime, s.build) == key], settings_by_environment(samples)
     )
     latency = _values(own, "latency")
     everywhere = [s for s in samples if (s.runtime, s.build) == (runtime, build)]
     sizes = {stage: int(values[-1]) for stage, values in (_values(own, "size") or _values(everywhere, "size")).items()}
-    energy = _values(own, "energy").get("answer", [])
+    joules, energy_notes = _energy(own)
     ttft, total = latency.get("ttft_ms", []), latency.get("total_ms", [])
     verify = {} if runtime == REFERENCE else _verify_record(samples, build)
     return BuildSummary(
@@ -239,11 +205,12 @@ def _build(
         place=place,
         answered_on=answered_on,
         total=_median(total),
-        energy=_median(energy),
-        energy_notes=_energy_notes(own),
+        energy=_median(joules),
+        energy_notes=energy_notes,
         variation={stage: spread for stage, values in latency.items() if (spread := variation(values)) is not None},
         runs=runs,
         left_out=left_out,
+        lines={stage: tuple(s for s in own if s.kind == "latency" and s.stage == stage) for stage in WHOLE},
     )
 
 
@@ -253,20 +220,17 @@ def variation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / abs(mean) if mean else None
 
 
-def threads_by_environment(samples: Iterable[Sample]) -> dict[str, Any]:
-    """Environment id → threads of its runtime."""
-    found = {s.environment_id: s.detail.get("runtime") for s in samples if s.kind == "environment"}
-    return {name: runtime.get("n_threads") for name, runtime in found.items() if isinstance(runtime, dict)}
-
-
 def _median(values: Sequence[float]) -> Interval | None:
     return stats.median_interval(values) if values else None
 
 
-def _energy_notes(own: Iterable[Sample]) -> tuple[str, ...]:
-    """Distinct sources, or reasons why nothing could be read."""
-    names = [s.detail.get("source" if s.value is not None else "reason") for s in own if s.kind == "energy"]
-    return tuple(dict.fromkeys(str(name) for name in names if name))
+def _energy(own: Iterable[Sample]) -> tuple[list[float], tuple[str, ...]]:
+    """Joules of each answer, and what they were read from; or nothing, and every reason."""
+    lines = [s for s in own if s.kind == "energy" and s.stage == "answer"]
+    joules, reason = energy.values(lines)
+    told = [s.detail.get("source" if joules else "reason") for s in lines if not joules or s.value is not None]
+    names = told if joules or not reason else [reason]
+    return joules, tuple(dict.fromkeys(str(name) for name in names if name))
 
 
 def _values(samples: Iterable[Sample], kind: str) -> dict[str, list[float]]:
@@ -293,6 +257,6 @@ def _machines(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     for sample in samples:
         if sample.kind == "environment":
             detail = {**sample.detail, "target": sample.target}
-            stable = ("target", "cpu", "memory_bytes", "limits", "system", "libraries")
+            stable = ("target", "cpu", "memory_bytes", "limits", "system", "libraries", "git_commit")
             found.setdefault(json.dumps([detail.get(name) for name in stable], default=str), detail)
     return list(found.values())

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tinyllava_edge.benchmarks.results import AnswerRecord
+from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
 from tinyllava_edge.benchmarks.stats import Flips, Interval
 
 ALLOWED_LOSS = 1.0  # points of accuracy that a build may lose against the reference and still ship
 NOISY = 0.10  # coefficient of variation above which a figure is flagged
 STAGES = ("decode_image_ms", "preprocess_ms", "vision_ms", "prefill_ms", "first_token_ms")  # they add up to the TTFT
+WHOLE = ("ttft_ms", "total_ms")  # times of a whole answer, which verdicts on a build rest on
 REFERENCE = "reference"  # the runtime of the checkpoint
 EDGE = "edge"  # the runtime of a bundle's builds
 
@@ -73,7 +74,9 @@ class BuildSummary:
     runs: int = 1
     """measurements whose samples are pooled here"""
     left_out: int = 0
-    """measurements with other threads, pictures or questions, whose times are not in this row"""
+    """measurements on another machine, with other versions, threads, pictures or questions: not in this row"""
+    lines: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict, repr=False)
+    """raw lines of each time of WHOLE, to compare builds round by round"""
 
     @property
     def name(self) -> str:

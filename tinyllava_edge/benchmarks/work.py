@@ -156,8 +156,9 @@ def _vision(data: mmap.mmap, spec: ModelSpec) -> dict[str, int]:
         weight = next((name for name in inputs[1:2] if name in shapes), "")
         shape = shapes.get(weight, ())
         if operator == "Conv" and shape:
-            width = shape[0]
-            found["float"] += 2 * spec.patches * math.prod(shape)
+            ours = weight.startswith("connector.")  # LDPv2's positions
+            width = width if ours else shape[0]
+            found["float"] += 2 * (spec.visual_tokens if ours else spec.patches) * math.prod(shape)
         kind = _PRODUCTS.get(operator, "")
         if operator == "MatMulNBits" and shape:  # 4: the activations are quantised, too
             kind = "int8" if attributes.get("accuracy_level") == 4 else "float"
@@ -167,6 +168,9 @@ def _vision(data: mmap.mmap, spec: ModelSpec) -> dict[str, int]:
         found[kind] += 2 * _rows(weight, tokens, spec) * math.prod(shape)
         if ".to_q." in weight:  # the resampler's attention
             found["float"] += 4 * spec.visual_tokens * (spec.feature_tokens + spec.visual_tokens) * shape[1]
+        if ".attention.query." in weight and weight.startswith("connector."):  # the Q-Former's
+            keys = spec.feature_tokens if ".crossattention." in weight else spec.visual_tokens
+            found["float"] += 4 * spec.visual_tokens * keys * shape[1]
         layer = None if weight.startswith("connector.") else _LAYER.match(weight)
         layers |= {layer[1]} if layer else set()
     found["float"] += len(layers) * 4 * tokens**2 * width
@@ -179,7 +183,9 @@ def _rows(weight: str, tokens: int, spec: ModelSpec) -> int:
         return tokens
     if ".to_kv." in weight:  # the resampler's queries look at themselves, too
         return spec.feature_tokens + spec.visual_tokens
-    return spec.feature_tokens if weight.startswith("connector.linear.") else spec.visual_tokens
+    whole = weight.startswith(("connector.linear.", "connector.mlp."))  # before the tokens are reduced
+    whole = whole or (".crossattention." in weight and (".key." in weight or ".value." in weight))
+    return spec.feature_tokens if whole else spec.visual_tokens
 
 
 def _tensor(data: mmap.mmap, place: int, end: int) -> tuple[str, tuple[int, ...]]:

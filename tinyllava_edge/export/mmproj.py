@@ -24,7 +24,7 @@ import torch
 
 from ..errors import ExportError
 from ..files import is_full, new_file, no_space
-from ..spec import ModelSpec
+from ..spec import ModelSpec, named_tokens
 from .gguf_header import read_header
 from .llm import tensor_types
 from .vision import layers_used
@@ -53,6 +53,10 @@ _LACKS = {
     "mlp3x_gelu": "knows two linear layers",
     "mlp4x_gelu": "knows two linear layers",
     "resampler": "has no graph for this resampler",
+    "pixelshuffle": "shuffles pixels in other models' graphs only",
+    "ldpv2": "pools 24 x 24 patches to 144 tokens, whatever the file says",
+    "avgpool": "pools in other models' graphs only",
+    "qformer": "has no graph for a Q-Former",
 }
 _BLOCK = {
     "layer_norm1": "ln1",
@@ -190,7 +194,8 @@ def check_model(config: Any, spec: ModelSpec, clip_workaround: bool) -> int:
             "use the ONNX vision graph with the text GGUF; known here: clip, siglip",
         )
     if spec.connector != _CONNECTOR:
-        reason = _LACKS.get(spec.connector, "has no graph for it")
+        stem = spec.connector if named_tokens(spec.connector) is None else spec.connector.rpartition("-")[0]
+        reason = _LACKS.get(stem, "has no graph for it")
         raise ExportError(
             f"{spec.name}: connector {spec.connector!r}: stock llama.cpp {reason}",
             f"use the ONNX vision graph with the text GGUF; known here: {_CONNECTOR}",

@@ -190,6 +190,18 @@ def _ggml(name: str, result: Any, *arguments: Any) -> Any:
     raise EngineError(f"llama.cpp's library has no {name}", "pip install 'llama-cpp-python>=0.3.36'")
 
 
+def _library_text(name: str) -> str | None:
+    """What a function of ggml's without arguments says, such as the commit it was built from; None where it has none.
+
+    The wheel's version doesn't tell: the same one is built from source with other flags, or against another llama.cpp.
+    """
+    try:
+        said: bytes | None = _ggml(name, ctypes.c_char_p)()
+    except EngineError:  # libraries before mid-2025
+        return None
+    return said.decode("utf-8", "replace").strip() or None if said else None
+
+
 def machine_facts() -> dict[str, Any]:
     """Both engines' versions, builds and devices, before any model is opened. Raises DependencyError."""
     ort, api = onnxruntime_api(), native_api()
@@ -199,6 +211,8 @@ def machine_facts() -> dict[str, Any]:
         "onnxruntime_providers": list(ort.get_available_providers()),
         "llama_cpp_python": str(api.__version__),
         "llama_cpp_system_info": api.llama_print_system_info().decode("utf-8", "replace").strip(),
+        "ggml_version": _library_text("ggml_version"),
+        "ggml_commit": _library_text("ggml_commit"),
         "llama_cpp_gpu_offload": bool(api.llama_supports_gpu_offload()),
         "llama_cpp_devices": [asdict(device) for device in ggml_devices()],
     }

@@ -74,8 +74,12 @@ class Objective(nn.Module):
 
     def _unused_connector(self) -> torch.Tensor:
         """A scalar that depends on the connector: on several devices each must give every trained tensor a gradient."""
-        width = int(self.config.vision_config.hidden_size)
-        return self.model.model.multi_modal_projector(torch.zeros(1, width, device=self.model.device)).sum()
+        parameters = list(self.model.model.multi_modal_projector.parameters())  # none of an identity
+        return (
+            torch.stack([p.sum() for p in parameters]).sum()
+            if parameters
+            else torch.zeros((), device=self.model.device)
+        )
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tuned = any(p.requires_grad for p in self.model.model.vision_tower.parameters())

@@ -55,7 +55,7 @@ Pictures = Callable[[Sequence[str]], dict[str, torch.Tensor]]
 
 def cache_size(model: TinyLlava, spec: ModelSpec, count: int) -> int:
     """Bytes that the features of `count` pictures take."""
-    return count * spec.visual_tokens * int(model.config.vision_config.hidden_size) * 4
+    return count * spec.feature_tokens * int(model.config.vision_config.hidden_size) * 4
 
 
 def cache_features(

@@ -1,4 +1,4 @@
-"""Recipes as plain values: the paper's `base` and `share` (§4.1.2, Figure 3), and both scaled to the nano models.
+"""Recipes as plain values: the paper's `base` and `share` (§4.1.2, Figure 3), Factory's share, `full`, nano sizes.
 
 The TOML files in `train/recipes/` hold the same numbers for reading and copying; `load` takes a name or a file.
 """
@@ -75,6 +75,8 @@ class Recipe:
     """stages in order"""
     notes: str = ""
     """where the numbers come from"""
+    rows: tuple[int, ...] = ()
+    """conversations of each stage's own data set, for `--dry-run`; empty where the recipe has none of its own"""
 
     def stage(self, name: str) -> StageRecipe:
         """A stage by its exact name. Raises UsageError that lists the names."""
@@ -86,9 +88,17 @@ class Recipe:
         )
 
 
-_BASE_1 = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 256, micro_batch=32, gradient_checkpointing=True)
-_BASE_2 = StageRecipe("finetune", "model", "connector+llm", 2e-5, 128, micro_batch=8, gradient_checkpointing=True)
-_SHARE = StageRecipe(
+# Conversations of the paper's data sets, as its table of §4.1.2 rounds them.
+LLAVA_PT, LLAVA_SFT, SHARE_PT, SHARE_SFT = 558_000, 665_000, 1_246_000, 665_000
+
+_BASE_1 = StageRecipe(
+    "pretrain", "pretrain", "connector", 1e-3, 256, micro_batch=32, max_length=2048, gradient_checkpointing=True
+)
+_BASE_2 = StageRecipe(
+    "finetune", "model", "connector+llm", 2e-5, 128, micro_batch=8, max_length=2048, gradient_checkpointing=True
+)
+_FULL_2 = dataclasses.replace(_BASE_2, vision_from_layer=0)
+_SHARE_2 = StageRecipe(
     "share-pretrain",
     "pretrain",
     "connector+llm",
@@ -96,8 +106,10 @@ _SHARE = StageRecipe(
     256,
     vision_from_layer=12,
     micro_batch=8,
+    max_length=3072,
     gradient_checkpointing=True,
 )
+_SHARE_3 = dataclasses.replace(_BASE_2, max_length=3072)
 
 _NANO_1 = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 64, epochs=2.0, adam_beta2=0.98, save_steps=200)
 _NANO_2 = StageRecipe(
@@ -120,13 +132,34 @@ PRESETS: dict[str, Recipe] = {
         "base",
         (_BASE_1, _BASE_2),
         "The paper's base recipe (§4.1.2): stage 1 trains the connector, stage 2 the connector and the language model, "
-        "one epoch each. Warm-up, cosine and weight decay as in LLaVA-1.5.",
+        "one epoch each. Warm-up, cosine and weight decay as in LLaVA-1.5, maximal lengths as in TinyLLaVA Factory.",
+        (LLAVA_PT, LLAVA_SFT),
     ),
     "share": Recipe(
         "share",
-        (_BASE_1, _SHARE, _BASE_2),
+        (_BASE_1, _SHARE_2, _SHARE_3),
         "The paper's share recipe (§4.1.2, Figure 3): the connector starts from base's stage 1, then everything but "
-        "the first 12 tower layers is trained on long captions, then stage 2 of base.",
+        "the first 12 tower layers is trained on long captions, then stage 2 of base. Maximal lengths as in the "
+        "released share models.",
+        (LLAVA_PT, SHARE_PT, SHARE_SFT),
+    ),
+    "share-factory": Recipe(
+        "share-factory",
+        (
+            dataclasses.replace(_BASE_1, max_length=3072),
+            dataclasses.replace(_SHARE_2, vision_from_layer=None),
+            _SHARE_3,
+        ),
+        "TinyLLaVA Factory's share scripts: as share, but the tower is frozen in every stage. They train in fp16; this "
+        "recipe in bf16.",
+        (LLAVA_PT, SHARE_PT, SHARE_SFT),
+    ),
+    "full": Recipe(
+        "full",
+        (_BASE_1, _FULL_2),
+        "base, with every tower layer that the features pass through trained in stage 2 too; the tower's patch and "
+        "position embeddings stay as they are. Not from the paper.",
+        (LLAVA_PT, LLAVA_SFT),
     ),
     "base-nano": Recipe(
         "base-nano",
@@ -175,7 +208,17 @@ def recipe_from(value: Mapping[str, Any], where: str) -> Recipe:
     if not texts["name"] or not all(isinstance(text, str) for text in texts.values()):
         raise UsageError(f"{where}: `name` must be text, and `notes` too where given", 'write name = "my-recipe"')
     built = tuple(_stage(stage, f"{where}: stage {k}") for k, stage in enumerate(stages, 1))
-    return Recipe(texts["name"], built, texts["notes"])
+    return Recipe(texts["name"], built, texts["notes"], _rows(value.get("rows", ()), len(built), where))
+
+
+def _rows(given: Any, stages: int, where: str) -> tuple[int, ...]:
+    good = isinstance(given, list | tuple) and all(type(count) is int and 0 < count < 1 << 40 for count in given)
+    if not good or len(given) not in (0, stages):
+        raise UsageError(
+            f"{where}: `rows` must be a list of {stages} numbers of conversations, one for each stage",
+            "leave it out, or write rows = [558000, 665000]",
+        )
+    return tuple(given)
 
 
 def override(stage: StageRecipe, changes: Mapping[str, Any]) -> StageRecipe:

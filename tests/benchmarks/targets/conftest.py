@@ -168,6 +168,20 @@ def device(_sshd: Device) -> Device:
 
 
 @pytest.fixture
+def forced(device: Device) -> Iterator[Any]:
+    """Give the next login a command of sshd's choosing."""
+    kept = (device.home / "authorized_keys").read_text()
+
+    def force(command: str) -> None:
+        device.key = "forced"
+        (device.home / "authorized_keys").write_text(kept)
+        device.authorize("forced", command)
+
+    yield force
+    (device.home / "authorized_keys").write_text(kept)
+
+
+@pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """A directory on the device whose name a careless shell would trip over; what still runs there is ended."""
     directory = tmp_path / 'it\'s a "dir" $HOME;é'

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tinyllava_edge.benchmarks.targets.address import Address
 from tinyllava_edge.errors import DependencyError, EngineError, StorageError, TinyLlavaEdgeError, UsageError
@@ -29,11 +29,12 @@ PATIENCE_S = 1800  # seconds without any contact after which the client gives up
 _LONGEST_PAUSE_S = 30
 _CONNECTED_S = 120  # an attempt that lasted longer had found its machine: ssh gives up sooner
 _MAX_REPLY = 1 << 28  # bytes; raw samples of a day are a tenth of it
-_CHUNK = 1 << 20
+_PIECE = 1 << 16  # bytes; with each one that is taken or comes, a connection is not idle
 _BOOT = "import sys;i=sys.stdin.buffer;exec(i.read(int(i.readline())))"  # reads device.py, then the request
 _FIXED = (
     "BatchMode=yes",
     "StrictHostKeyChecking=yes",
+    "NoHostAuthenticationForLocalhost=no",
     "RequestTTY=no",
     "RemoteCommand=none",
     "ClearAllForwardings=yes",
@@ -42,7 +43,9 @@ _FIXED = (
     "PermitLocalCommand=no",
     "LogLevel=INFO",
 )
+_REFUSED = ("knownhostscommand",)  # may answer with the very key that is to be checked; ssh_config's own one counts
 _DEFAULTS = ("ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+_SHOWN = 500  # characters of what another machine says
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9]{1,63}=.+")
 _ERRORS: dict[str, type[TinyLlavaEdgeError]] = {
     "usage": UsageError,
@@ -67,6 +70,10 @@ _NO_LOGIN = ("Permission denied", "Too many authentication failures")
 
 class Lost(Exception):
     """The connection ended before the answer came."""
+
+
+class Idle(Lost):
+    """The connection stood, but nothing went over it for too long."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,11 @@ class Connection:
     def ask(self, op: str, timeout_s: float | None = None, **request: Any) -> Reply:
         """Send a request that may safely be sent twice, until it is answered.
 
+        Args:
+            op: key of OPERATIONS of device.py.
+            timeout_s: seconds without a byte after which the connection counts as lost; None waits for ever.
+            request: what the operation needs.
+
         Raises:
             EngineError: not reachable, not allowed in, or no sensible answer.
             UsageError, DependencyError, StorageError: the machine refused.
@@ -126,7 +138,7 @@ class Connection:
             try:
                 return self.ask_once(op, timeout_s, **request)
             except Lost as error:
-                if time.monotonic() - begun > _CONNECTED_S:
+                if time.monotonic() - begun > _CONNECTED_S and not isinstance(error, Idle):
                     contact, pause = time.monotonic(), 1.0
                 if not self._met:
                     raise EngineError(f"{self.address.place}: {error}", self._hint()) from error
@@ -143,29 +155,32 @@ class Connection:
         self,
         op: str,
         timeout_s: float | None = None,
-        payload: Callable[[IO[bytes]], None] | None = None,
+        payload: Callable[[Sink], None] | None = None,
         **request: Any,
     ) -> Reply:
         """Send one request, and bytes after it. Raises Lost besides what `ask` raises."""
         nonce = secrets.token_hex(16)
         line = json.dumps({"op": op, "dir": self.address.directory, "nonce": nonce, **request}).encode() + b"\n"
-        with tempfile.TemporaryFile() as talk, self._process(talk) as process, _limit(process, timeout_s) as late:
+        with tempfile.TemporaryFile() as talk, self._process(talk) as process, _limit(process, timeout_s) as clock:
             assert process.stdin and process.stdout  # both are pipes
             with contextlib.suppress(BrokenPipeError):  # a refusal may come before the last byte was sent
                 process.stdin.write(b"%d\n" % len(self._source) + self._source + line)
                 process.stdin.flush()
                 if payload:
-                    payload(process.stdin)
+                    payload(_Pipe(process.stdin, clock.touch))
             # stdin stays open: device.py's `wait` ends with it
-            printed = process.stdout.read(_MAX_REPLY + 1)
+            printed = bytearray()
+            while len(printed) <= _MAX_REPLY and (piece := process.stdout.read1(_PIECE)):  # type: ignore[attr-defined]
+                clock.touch()
+                printed += piece
             if len(printed) > _MAX_REPLY:
                 process.kill()
                 raise EngineError(f"{self.address.place}: it prints without end", "look at its login shell's files")
             code = process.wait()
-            if late.is_set():
-                raise Lost(f"no answer in {timeout_s:g} s")
+            if clock.late:
+                raise Idle(f"nothing came for {timeout_s:g} s")
             talk.seek(0)
-            return self._read(op, printed, nonce, code, talk.read(1 << 20).decode("utf-8", "replace"))
+            return self._read(op, bytes(printed), nonce, code, talk.read(1 << 20).decode("utf-8", "replace"))
 
     @contextlib.contextmanager
     def _process(self, talk: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
@@ -198,7 +213,7 @@ class Connection:
             self._met = True
             if value.get("error"):
                 kind = _ERRORS.get(str(value["error"]), EngineError)
-                raise kind(f"{self.address.place}: {value.get('message')}", str(value.get("hint", "")))
+                raise kind(f"{self.address.place}: {shown(value.get('message'))}", shown(value.get("hint", "")))
             odd = [key for key, kind in _KEYS[op].items() if not isinstance(value.get(key, ...), kind)]
             if odd:
                 raise EngineError(f"{self.address.place}: answers {op} without {odd[0]}", "try again")
@@ -255,37 +270,89 @@ class Connection:
 
 
 def check_option(option: str) -> str:
-    """One `Name=value` of ssh_config. Raises UsageError for another form, and for switching host keys off."""
+    """One `Name=value` of ssh_config.
+
+    Raises:
+        UsageError: another form, or what switches the check of host keys off. A KnownHostsCommand can do that too, so
+            it is not taken here; one that stands in ssh_config is its owner's choice and stays in force.
+    """
     if not _OPTION.fullmatch(option) or not option.isprintable():
         raise UsageError(f"--ssh-option {ascii(option[:80])}", "write Name=value as in ssh_config, e.g. Port=8022")
     name = option.partition("=")[0].lower()
     ours = {fixed.partition("=")[0].lower() for fixed in _FIXED}
-    if name in ours:
+    if name in ours or name in _REFUSED:
         raise UsageError(
             f"--ssh-option {option[:80]!r} can't be changed",
-            f"always in force: {', '.join(_FIXED[:2])}; accept a host key by hand",
+            f"always in force: {', '.join(_FIXED[:3])}; accept a host key by hand",
         )
     return option
 
 
+class Sink(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, data: bytes, /) -> Any:
+        """Take all of them."""
+
+    def flush(self) -> None:
+        """Pass on what is held back."""
+
+
+class _Pipe:
+    """A pipe that tells of every piece that went into it."""
+
+    def __init__(self, pipe: IO[bytes], touch: Callable[[], None]) -> None:
+        self._pipe, self._touch = pipe, touch
+
+    def write(self, data: bytes) -> None:
+        for begin in range(0, len(data), _PIECE):
+            self._pipe.write(data[begin : begin + _PIECE])
+            self._touch()
+
+    def flush(self) -> None:
+        self._pipe.flush()
+        self._touch()
+
+
+class _Clock(threading.Thread):
+    """Ends a process when nothing has touched the clock for a time."""
+
+    def __init__(self, process: subprocess.Popen[bytes], idle_s: float) -> None:
+        super().__init__(daemon=True)
+        self.late = False
+        self._process, self._idle_s = process, idle_s
+        self._touched, self._over = time.monotonic(), threading.Event()
+
+    def touch(self) -> None:
+        self._touched = time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def run(self) -> None:
+        while (left := self._touched + self._idle_s - time.monotonic()) > 0:
+            if self._over.wait(left):
+                return
+        self.late = True
+        self._process.kill()
+
+
 @contextlib.contextmanager
-def _limit(process: subprocess.Popen[bytes], timeout_s: float | None) -> Iterator[threading.Event]:
-    """End a process after a time. Yields an event that says whether that was so."""
-    late = threading.Event()
-
-    def end() -> None:
-        late.set()
-        process.kill()
-
-    clock = threading.Timer(timeout_s, end) if timeout_s else None
-    if clock:
-        clock.daemon = True
+def _limit(process: subprocess.Popen[bytes], idle_s: float | None) -> Iterator[_Clock]:
+    """A clock that ends the process after a time without a touch; without a time it stands still."""
+    clock = _Clock(process, idle_s or 0)
+    if idle_s:
         clock.start()
     try:
-        yield late
+        yield clock
     finally:
-        if clock:
-            clock.cancel()
+        clock.stop()
+
+
+def shown(text: Any) -> str:
+    """What another machine says, as one printable line of at most 500 characters: a terminal obeys none of it."""
+    line = " ".join(str(text)[:_SHOWN].split())
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,15 +19,16 @@ from typing import Any
 from tinyllava_edge.benchmarks.results import Sample, read_results
 from tinyllava_edge.benchmarks.targets import Progress
 from tinyllava_edge.benchmarks.targets.address import Address, parse_address
-from tinyllava_edge.benchmarks.targets.connection import Connection
+from tinyllava_edge.benchmarks.targets.connection import Connection, shown
 from tinyllava_edge.benchmarks.targets.job import encode
 from tinyllava_edge.benchmarks.targets.package import Package, pack, requirements
-from tinyllava_edge.benchmarks.targets.sync import ENVIRONMENT_BYTES, Blob, upload
+from tinyllava_edge.benchmarks.targets.sync import ENVIRONMENT_BYTES, Blob, idle_s, upload
 from tinyllava_edge.bundle import MANIFEST, STAMP, Build, Bundle, read_bundle
 from tinyllava_edge.errors import DataError, EngineError, UsageError
 from tinyllava_edge.files import sha256_file
 
-_PROBE_S = 90  # seconds for the first answer; a loaded phone takes ten
+_PROBE_S = 90  # seconds for an answer that needs no work there; a loaded phone takes ten
+_RUN = re.compile(r"[0-9a-f]{16}-[0-9]{1,6}")  # as device.py names runs
 _KINDS = ("environment", "bundle", "latency", "memory", "energy", "condition", "ceiling", "size", "command")
 
 
@@ -58,7 +60,8 @@ def run(target: str, bundle: Path, options: Mapping[str, Any], progress: Progres
     python = how.remote_python or "python3"
     connection = Connection(address, how.ssh_options, python, say)
     machine = connection.ask("probe", _PROBE_S, given=bool(how.remote_python)).value
-    say(f"{address.place}: {machine['system']} {machine['machine']}, Python {machine['version']}")
+    about = (shown(machine[key]) for key in ("system", "machine", "version"))
+    say("{}: {} {}, Python {}".format(address.place, *about))
     for build in chosen:
         opened.check(build)
     code = pack()
@@ -80,9 +83,9 @@ def run(target: str, bundle: Path, options: Mapping[str, Any], progress: Progres
     if not ended:
         _sleep(connection, name, making=not how.remote_python)
     samples = _collect(connection, name, opened, chosen)
-    connection.ask("delivered", run=name)
-    about = {"directory": machine["root"], "code_sha256": code.sha256, "run": name, "python": machine["python"]}
-    return [_ours(sample, address, about) for sample in samples]
+    connection.ask("delivered", _PROBE_S, run=name)
+    facts = {"directory": machine["root"], "code_sha256": code.sha256, "run": name, "python": machine["python"]}
+    return [_ours(sample, address, facts) for sample in samples]
 
 
 def _started(
@@ -96,14 +99,13 @@ def _started(
 ) -> tuple[str, bool]:
     """The run's name and whether it is over: one that is there, else a new one, for which the files are sent."""
     say, place = connection.say, connection.address.place
-    found = connection.ask("look", id=identity).value
+    found = connection.ask("look", _PROBE_S, id=identity).value
     if found["state"] in ("running", "done"):
-        say(
-            f"{place}: picking up run {found['run']}, which {'goes on' if found['state'] == 'running' else 'has ended'}"
-        )
-        return str(found["run"]), found["state"] == "done"
+        name = _run_name(place, found["run"])
+        say(f"{place}: picking up run {name}, which {'goes on' if found['state'] == 'running' else 'has ended'}")
+        return name, found["state"] == "done"
     if found["busy"]:
-        run, pid, since = (found["busy"].get(key) for key in ("run", "pid", "since"))
+        run, pid, since = (shown(found["busy"].get(key)) for key in ("run", "pid", "since"))
         raise EngineError(
             f"{place}: another run is measuring ({run}, process {pid}, since {since})",
             "wait for it: two at once would slow each other down",
@@ -116,6 +118,7 @@ def _started(
     upload(connection, blobs, 0 if job["given"] else ENVIRONMENT_BYTES, say)
     begun = connection.ask(
         "start",
+        idle_s(blobs),  # where links can't be made, files are copied
         id=identity,
         bundle_id=bundle_id,
         bundle=[[path, blob.sha256] for path, blob in layout.items()],
@@ -124,8 +127,15 @@ def _started(
         python=job["python"],
         source=connection.source,
     ).value
-    say(f"{place}: run {begun['run']} has begun; its log is {connection.address.directory}/runs/{begun['run']}/log")
-    return str(begun["run"]), begun["state"] == "done"
+    name = _run_name(place, begun["run"])
+    say(f"{place}: run {name} has begun; its log is {connection.address.directory}/runs/{name}/log")
+    return name, begun["state"] == "done"
+
+
+def _run_name(place: str, name: Any) -> str:
+    if not isinstance(name, str) or not _RUN.fullmatch(name):
+        raise EngineError(f"{place}: names a run {shown(name)[:80]!r}", "another program answers there")
+    return name
 
 
 def _sleep(connection: Connection, name: str, making: bool) -> None:
@@ -143,7 +153,7 @@ def _sleep(connection: Connection, name: str, making: bool) -> None:
 def _collect(connection: Connection, name: str, bundle: Bundle, builds: Sequence[Build]) -> list[Sample]:
     """Bring a run's samples home and check them."""
     place = connection.address.place
-    reply = connection.ask("fetch", run=name)
+    reply = connection.ask("fetch", _PROBE_S, run=name)
     state, status = reply.value.get("state"), reply.value.get("status") or {}
     where = f"{place}: run {name}"
     if state not in ("done", "delivered"):
@@ -167,6 +177,9 @@ def _check_samples(where: str, samples: Sequence[Sample], bundle: Bundle, builds
     """Raise DataError unless these are samples of this bundle's builds."""
     names = {build.name for build in builds} | {""}
     for number, sample in enumerate(samples, 1):
+        texts = (sample.runtime, sample.build, sample.stage, sample.unit, sample.environment_id, sample.target)
+        if not all(text.isprintable() for text in texts):
+            raise DataError(f"{where}, results.jsonl:{number}: unprintable text", "remove the run there")
         if sample.kind not in _KINDS or sample.build not in names:
             raise DataError(
                 f"{where}, results.jsonl:{number}: nobody asked for {sample.kind!r} of build {sample.build[:40]!r}",
@@ -181,15 +194,15 @@ def _check_samples(where: str, samples: Sequence[Sample], bundle: Bundle, builds
 def _raise_failure(where: str, reply: Mapping[str, Any]) -> None:
     failure, status = reply.get("failure"), reply.get("status") or {}
     tail = "\n".join(str(reply.get("log", "")).splitlines()[-20:])
-    shown = f"the end of its log:\n{_clean(tail)}"
+    log = f"the end of its log:\n{_clean(tail)}"
     if isinstance(failure, dict) and isinstance(failure.get("message"), str):
         message = f"{where}: {_clean(failure['message'])}"
         if failure.get("kind") == "UsageError":
             raise UsageError(message, _clean(str(failure.get("hint", ""))))
-        raise EngineError(message, _clean(str(failure.get("hint", ""))) or shown)
+        raise EngineError(message, _clean(str(failure.get("hint", ""))) or log)
     if reply.get("state") == "lost":
-        raise EngineError(f"{where} was killed, or the machine went down; run the command again", shown)
-    raise EngineError(f"{where} failed ({status.get('step')}: {_clean(str(status.get('reason')))})", shown)
+        raise EngineError(f"{where} was killed, or the machine went down; run the command again", log)
+    raise EngineError(f"{where} failed ({shown(status.get('step'))}: {shown(status.get('reason'))})", log)
 
 
 def _ours(sample: Sample, address: Address, about: Mapping[str, str]) -> Sample:

@@ -43,6 +43,10 @@ class ServerOptions:
     """`*` allows every page; none by default"""
     page: bool = _option(True, "", "Serve the chat page at /.")
     """the API alone where this is off"""
+    web: bool = _option(False, "", "Serve the page that runs the bundle in the browser; no model runs here.")
+    """files only: the page of `make web` and what the bundle's manifest names"""
+    web_dist: Path | None = _option(None, "DIR", "Directory of that page; runtimes/web/dist of the source by default.")
+    """made by `make web`"""
     default_max_tokens: int = _option(512, "N", "Most tokens of an answer where the request doesn't say.")
     """a request's own max_tokens may be larger; the context's end bounds both"""
     max_body_mb: int = _option(64, "MIB", "Largest request body.")

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -27,6 +27,14 @@ from .service import Service
 
 Say = Callable[[str], None]
 Opened = tuple[Engine, str]  # the engine and its fingerprint
+
+
+class Stoppable(Protocol):
+    """What a signal ends."""
+
+    def stop(self) -> None:
+        """Begin to leave; from any thread."""
+        ...
 
 
 class Server:
@@ -87,7 +95,7 @@ class Server:
         app = App(
             service, Guard(self._options, self._key), metrics, page, self._say if self._options.log_requests else None
         )
-        server = _Uvicorn(_config(app, self._options))
+        server = QuietUvicorn(uvicorn_config(app, self._options))
         serving = asyncio.create_task(server.serve(sockets=[self._socket]))
         loading = self._load()
         stop = asyncio.create_task(self._wake.wait())
@@ -150,7 +158,7 @@ def serve(
     Takes and raises what `Server` does. Returns after a graceful end, also after SIGTERM, so that the exit code is 0.
     """
     server = Server(engine, options, say=say)
-    with _signals(server):
+    with stop_on_signals(server):
         server.run()
 
 
@@ -174,7 +182,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _signals(server: Server) -> Iterator[None]:
+def stop_on_signals(server: Stoppable) -> Iterator[None]:
     """SIGTERM and Ctrl-C stop the server; Ctrl-C after either leaves at once."""
     before: list[int] = []
 
@@ -192,7 +200,7 @@ def _signals(server: Server) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Uvicorn(uvicorn.Server):
+class QuietUvicorn(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process by SIGTERM after a graceful end."""
 
     @contextlib.contextmanager
@@ -200,7 +208,8 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def _config(app: App, options: ServerOptions) -> uvicorn.Config:
+def uvicorn_config(app: Any, options: ServerOptions) -> uvicorn.Config:
+    """uvicorn's settings for an ASGI application of ours."""
     return uvicorn.Config(
         app,
         http=timed_protocol(options.read_timeout_s),
