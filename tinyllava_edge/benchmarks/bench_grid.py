@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyllava_edge.errors import UsageError
-from tinyllava_edge.image import MAX_ASPECT
 
 if TYPE_CHECKING:
     from tinyllava_edge.runtimes.llama import Llama
@@ -172,6 +171,8 @@ def _image_size(part: Any) -> Size:
             f"--image-size {text[:40]!r}: neither N nor WxH in pixels, up to {MOST_SIDE}",
             "write a comma list: --image-size 64,640x480",
         )
+    from tinyllava_edge.image import MAX_ASPECT  # numpy, which `--help` can do without
+
     width, height = int(match[1]), int(match[2] or match[1])
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UsageError(f"--image-size {text}: thinner than 1:{MAX_ASPECT}", "no runtime takes such a picture")

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tinyllava_edge.runtimes.engine import Engine
+from tinyllava_edge.runtimes.llama import Llama
 from tinyllava_edge.runtimes.server.options import ServerOptions
 from tinyllava_edge.runtimes.server.page import FILES
 from tinyllava_edge.runtimes.server.serve import Server
@@ -122,10 +124,23 @@ def test_pictures_over_several_turns(tab: Tab, engine: Engine, server: Server) -
     assert all(url.startswith((origin, f"blob:{origin}")) for url in tab.asked), tab.asked
 
 
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The model takes 10 ms a token, as real ones do: a browser that is slow still finds it at work."""
+    decode = Llama.decode_tokens
+
+    def slower(self: Llama, *given: Any, **named: Any) -> Any:
+        time.sleep(0.01)
+        return decode(self, *given, **named)
+
+    monkeypatch.setattr(Llama, "decode_tokens", slower)
+    return monkeypatch
+
+
 @needs_browser
-def test_it_streams(tab: Tab, engine: Engine) -> None:
+def test_it_streams(tab: Tab, engine: Engine, unhurried: pytest.MonkeyPatch) -> None:
     """The answer grows while it is made."""
-    tab.settle(1500)
+    tab.settle(500)
     tab.page.fill("#question", "what color?")
     tab.page.click("#send")
     words = tab.page.locator(".answer .words")
@@ -134,12 +149,13 @@ def test_it_streams(tab: Tab, engine: Engine) -> None:
     assert tab.page.locator(".answer").get_attribute("aria-busy") == "true"
     assert tab.page.locator("#log").get_attribute("aria-live") == "polite"
     tab.page.locator(".answer[aria-busy=false]").wait_for()
-    assert words.text_content() == engine.generate("what color?", max_tokens=1500).text
+    unhurried.undo()
+    assert words.text_content() == engine.generate("what color?", max_tokens=500).text
 
 
 @needs_browser
 @pytest.mark.parametrize("how", ["button", "escape"])
-def test_stop(tab: Tab, engine: Engine, how: str) -> None:
+def test_stop(tab: Tab, engine: Engine, how: str, unhurried: pytest.MonkeyPatch) -> None:
     before = engine.stats()["requests"]["cancelled"]
     tab.settle(1900)
     tab.page.fill("#question", "what color?")
@@ -148,7 +164,8 @@ def test_stop(tab: Tab, engine: Engine, how: str) -> None:
     assert tab.page.locator("#send").is_hidden()
     tab.page.click("#stop") if how == "button" else tab.page.keyboard.press("Escape")
     tab.page.locator("text=Stopped.").wait_for()
-    until(lambda: engine.stats()["requests"]["cancelled"] == before + 1 and not engine.stats()["running"], 2)
+    until(lambda: engine.stats()["requests"]["cancelled"] == before + 1 and not engine.stats()["running"], 5)
+    unhurried.undo()
     part = tab.page.locator(".answer .words").text_content()
     assert engine.generate("what color?", max_tokens=1900).text.startswith(part)
     tab.settle(8)
