@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tinyllava_edge.runtimes.engine import Engine, open_bundle
+from tinyllava_edge.runtimes.llama import Llama
 from tinyllava_edge.runtimes.server.options import ServerOptions
 from tinyllava_edge.runtimes.server.serve import Server
 
@@ -64,6 +65,19 @@ def served(
 def server(engine: Engine) -> Iterator[Server]:
     with served(engine) as running:
         yield running
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The model takes 10 ms a token, as real ones do: slow clients still find it at work."""
+    decode = Llama.decode_tokens
+
+    def slower(self: Llama, *given: Any, **named: Any) -> Any:
+        time.sleep(0.01)
+        return decode(self, *given, **named)
+
+    monkeypatch.setattr(Llama, "decode_tokens", slower)
+    return monkeypatch
 
 
 def health(server: Server) -> str:

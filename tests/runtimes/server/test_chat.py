@@ -167,9 +167,9 @@ def test_the_loop_is_free_while_the_engine_works(server: Server, engine: Engine)
     until(lambda: idle(engine))
 
 
-def test_a_client_that_does_not_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read(engine: Engine, unhurried: pytest.MonkeyPatch) -> None:
     """Its stream fills the buffers and stalls; then the connection is dropped and the engine is free."""
-    monkeypatch.setattr(engine, "name", "x" * 100_000)  # in every chunk: a few dozen of them fill all buffers
+    unhurried.setattr(engine, "name", "x" * 100_000)  # in every chunk: a few dozen of them fill all buffers
     with served(engine, read_timeout_s=1) as server:
         body = chat_bytes(stream=True, **ENDLESS)
         connection = socket.socket()

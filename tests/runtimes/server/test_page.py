@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 
 from tinyllava_edge.runtimes.engine import Engine
-from tinyllava_edge.runtimes.llama import Llama
 from tinyllava_edge.runtimes.server.options import ServerOptions
 from tinyllava_edge.runtimes.server.page import FILES
 from tinyllava_edge.runtimes.server.serve import Server
@@ -122,19 +120,6 @@ def test_pictures_over_several_turns(tab: Tab, engine: Engine, server: Server) -
     assert tab.problems == []
     origin = server.url + "/"
     assert all(url.startswith((origin, f"blob:{origin}")) for url in tab.asked), tab.asked
-
-
-@pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The model takes 10 ms a token, as real ones do: a browser that is slow still finds it at work."""
-    decode = Llama.decode_tokens
-
-    def slower(self: Llama, *given: Any, **named: Any) -> Any:
-        time.sleep(0.01)
-        return decode(self, *given, **named)
-
-    monkeypatch.setattr(Llama, "decode_tokens", slower)
-    return monkeypatch
 
 
 @needs_browser
