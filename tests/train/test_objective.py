@@ -12,17 +12,19 @@ from torch.nn.functional import cross_entropy
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.checkpoint import Checkpoint
 from tinyllava_edge.connectors import connector_tokens
+from tinyllava_edge.errors import UsageError
 from tinyllava_edge.model import build_model
 from tinyllava_edge.spec import LLM_BACKBONES, VISION_BACKBONES, model_spec
 from tinyllava_edge.train.collate import IGNORED
 from tinyllava_edge.train.dataset import PackSampler, StageData, prepare
-from tinyllava_edge.train.objective import Objective, freeze
+from tinyllava_edge.train.objective import Objective
+from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.recipes import StageRecipe, override
 
 from .conftest import Files
 
-CAPTIONS = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 4, precision="fp32")
-ANSWERS = StageRecipe("finetune", "model", "connector+llm", 1e-3, 4, max_turns=4, precision="fp32")
+CAPTIONS = StageRecipe("pretrain", "pretrain", "frozen", 1e-3, 4, precision="fp32")
+ANSWERS = StageRecipe("finetune", "model", "full", 1e-3, 4, max_turns=4, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,30 @@ def test_plain_rows_give_llavas_own_loss(start: Checkpoint, files: Files) -> Non
     assert not ours["hits"][batch["labels"] == IGNORED].any()
 
 
+def test_the_head_runs_in_chunks_with_the_same_gradients(
+    start: Checkpoint, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepare(start, ANSWERS, files.qa, files.images)
+    freeze(start.model, ANSWERS)
+    sizes: list[int] = []
+    hook = start.model.lm_head.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
+    found = []
+    for chunk in (1024, 7):
+        monkeypatch.setattr("tinyllava_edge.train.objective.CHUNK", chunk)
+        out = Objective(start.model).train()(**data.batch(list(data.packs)))
+        out["loss"].backward()
+        found.append(
+            (out["loss"].detach(), out["hits"], [p.grad.clone() for p in start.model.parameters() if p.requires_grad])
+        )
+        start.model.zero_grad()
+    hook.remove()
+    assert sizes[0] > 30 and sum(sizes[1:]) == 2 * sizes[0] and max(sizes[1:]) == 7  # forwards, and again backwards
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    assert torch.equal(found[0][1], found[1][1])
+    for whole, chunked in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_cached_features_equal_pixels(start: Checkpoint, files: Files) -> None:
     cached = prepare(start, ANSWERS, files.qa, files.images)
     live = prepare(start, ANSWERS, files.qa, files.images, cache_bytes=0)
@@ -111,12 +137,21 @@ def test_what_each_stage_trains(start: Checkpoint) -> None:
         freeze(start.model, override(ANSWERS, changes))
         return {name for name, p in start.model.named_parameters() if p.requires_grad}
 
-    connector = trained(trains="connector")
+    connector = trained(llm="frozen")
     assert len(connector) == 4 and all(".multi_modal_projector." in name for name in connector)
-    both = trained(trains="connector+llm")
+    both = trained(llm="full")
     assert "lm_head.weight" in both and not any(".vision_tower." in name for name in both)
     assert both == {name for name, _ in start.model.named_parameters() if ".vision_tower." not in name}
-    tower = trained(trains="connector+llm", vision_from_layer=1) - both
+    top = trained(llm="from-1", connector="frozen")
+    assert {"lm_head.weight", "model.language_model.norm.weight"} < top and len(top) == 2 + 9
+    assert all(".layers.1." in name or name.endswith(("lm_head.weight", ".norm.weight")) for name in top)
+    whole = trained(tower="full", llm="frozen", connector="frozen")
+    assert "model.vision_tower.embeddings.patch_embedding.weight" in whole
+    assert not any(".layers.2." in name or ".head." in name or "post_layernorm" in name for name in whole)
+    for part, mode in (("llm", "from-2"), ("connector", "from-0"), ("tower", "from-2")):
+        with pytest.raises(UsageError, match=f"{part} = '{mode}'.* no such layer"):
+            trained(**{part: mode})
+    tower = trained(llm="full", tower="from-1") - both
     # layers 0, 1, 2: the first is kept, and the last never reaches the features of hidden_states[-2]
     assert tower and all(".layers.1." in name for name in tower)
 
@@ -125,12 +160,12 @@ def test_the_tower_stays_in_eval_mode_unless_it_is_trained(start: Checkpoint) ->
     freeze(start.model, ANSWERS)
     objective = Objective(start.model).train()
     assert not start.model.model.vision_tower.training and start.model.model.language_model.training
-    freeze(start.model, override(ANSWERS, {"vision_from_layer": 0}))
+    freeze(start.model, override(ANSWERS, {"tower": "from-0"}))
     assert objective.train().model.model.vision_tower.training
 
 
 def test_gradients_reach_the_tuned_tower_layers_only(start: Checkpoint, files: Files) -> None:
-    stage = override(ANSWERS, {"vision_from_layer": 1})
+    stage = override(ANSWERS, {"tower": "from-1"})
     data = prepare(start, stage, files.qa, files.images)
     freeze(start.model, stage)
     Objective(start.model).train()(**data.batch(data.packs[:2]))["loss"].backward()

@@ -23,7 +23,8 @@ from tinyllava_edge.train import memory_plan
 from tinyllava_edge.train.collate import Encoded, Pack
 from tinyllava_edge.train.dataset import StageData, prepare
 from tinyllava_edge.train.memory_plan import ENGINES, Counts, estimate
-from tinyllava_edge.train.objective import Objective, freeze
+from tinyllava_edge.train.objective import Objective
+from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.plan import Machine, Plan, count_steps, make_plan
 from tinyllava_edge.train.plan_data import Lengths
 from tinyllava_edge.train.plan_shape import model_shape, sequence_flop, tower_flop
@@ -125,9 +126,7 @@ def test_steps_are_what_accelerate_deals_out(packs: int, micro: int, accumulate:
     assert count_steps(packs, 2.0, micro, accumulate, devices) == 2 * per_epoch
 
 
-@pytest.mark.parametrize(
-    "changes", [{"trains": "connector"}, {}, {"vision_from_layer": 1}, {"gradient_checkpointing": True}]
-)
+@pytest.mark.parametrize("changes", [{"llm": "frozen"}, {}, {"tower": "from-1"}, {"gradient_checkpointing": True}])
 def test_operations_are_those_that_torch_counts(changes: dict[str, object], tiny_checkpoint: Path) -> None:
     """Forwards and backwards of one batch; within 5 %: recomputing a layer stops before its last product."""
     start = checkpoints.load(tiny_checkpoint)

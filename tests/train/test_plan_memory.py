@@ -24,13 +24,13 @@ from tinyllava_edge.train.memory_plan import ENGINES, Stack, layer_bytes, types
 
 # case → language model, fields of the stage
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "connector": ("llama", {"trains": "connector"}),
+    "connector": ("llama", {"llm": "frozen"}),
     "accumulated, checkpointing": (
         "llama",
-        {"trains": "connector+llm", "batch_size": 4, "gradient_checkpointing": True},
+        {"llm": "full", "batch_size": 4, "gradient_checkpointing": True},
     ),
-    "logits": ("llama", {"trains": "connector"}),  # of a large vocabulary, at every text position
-    "phi and tower": ("phi", {"trains": "connector+llm", "vision_from_layer": 1}),
+    "logits": ("llama", {"llm": "frozen"}),  # of a large vocabulary, at every text position
+    "phi and tower": ("phi", {"llm": "full", "tower": "from-1"}),
 }
 TEXT, ANSWERS = 256, 64  # tokens of a row besides the picture, and how many of them are answers
 
@@ -55,14 +55,15 @@ def child(case: str) -> dict[str, float]:
     from tinyllava_edge.train.collate import Encoded, Pack
     from tinyllava_edge.train.dataset import StageData
     from tinyllava_edge.train.engine import StageTrainer, arguments
-    from tinyllava_edge.train.objective import Objective, freeze
+    from tinyllava_edge.train.objective import Objective
+    from tinyllava_edge.train.parts import freeze
     from tinyllava_edge.train.plan import Machine, make_plan
     from tinyllava_edge.train.plan_data import Lengths
     from tinyllava_edge.train.progress import Watch
     from tinyllava_edge.train.recipes import Recipe, StageRecipe, override
 
     kind, changes = CASES[case]
-    stage = StageRecipe("s", "model", "connector", 1e-3, 2, micro_batch=2, precision="fp32")
+    stage = StageRecipe("s", "model", "frozen", 1e-3, 2, micro_batch=2, precision="fp32")
     stage = override(stage, changes)
     spec = dataclasses.replace(
         model_spec("TinyLLaVA-base-NanoSig-Nano"), embedding_dim=512, llm_family=kind, visual_tokens=64

@@ -15,17 +15,17 @@ FOLDER = Path(__file__).parents[2] / "train" / "recipes"
 
 def test_base_is_the_papers() -> None:
     first, second = PRESETS["base"].stages
-    assert (first.trains, first.learning_rate, first.batch_size, first.epochs) == ("connector", 1e-3, 256, 1)
-    assert (second.trains, second.learning_rate, second.batch_size, second.epochs) == ("connector+llm", 2e-5, 128, 1)
+    assert (first.llm, first.learning_rate, first.batch_size, first.epochs) == ("frozen", 1e-3, 256, 1)
+    assert (second.llm, second.learning_rate, second.batch_size, second.epochs) == ("full", 2e-5, 128, 1)
     assert (first.template, second.template) == ("pretrain", "model")
-    assert first.vision_from_layer is None and second.vision_from_layer is None
+    assert first.tower == second.tower == "frozen" and first.connector == second.connector == "full"
 
 
 def test_share_trains_the_tower_from_layer_12_in_its_second_stage() -> None:
     first, second, third = PRESETS["share"].stages
     base = PRESETS["base"].stages
     assert first == base[0] and third == dataclasses.replace(base[1], max_length=3072)
-    assert (second.vision_from_layer, second.learning_rate, second.batch_size) == (12, 2e-5, 256)
+    assert (second.tower, second.learning_rate, second.batch_size) == ("from-12", 2e-5, 256)
 
 
 def test_factorys_share_freezes_the_tower_and_cuts_at_3072() -> None:
@@ -33,8 +33,8 @@ def test_factorys_share_freezes_the_tower_and_cuts_at_3072() -> None:
     stages = PRESETS["share-factory"].stages
     numbers = [(s.micro_batch, s.batch_size // s.micro_batch // 4, s.learning_rate, s.max_length) for s in stages]
     assert numbers == [(32, 2, 1e-3, 3072), (8, 8, 2e-5, 3072), (8, 4, 2e-5, 3072)]
-    assert all(stage.vision_from_layer is None and stage.epochs == 1 for stage in stages)
-    assert [stage.trains for stage in stages] == ["connector", "connector+llm", "connector+llm"]
+    assert all(stage.tower == "frozen" and stage.epochs == 1 for stage in stages)
+    assert [stage.llm for stage in stages] == ["frozen", "full", "full"]
     assert [stage.template for stage in stages] == ["pretrain", "pretrain", "model"]
     assert all(stage.max_length == 2048 for stage in PRESETS["base"].stages)
 
@@ -42,7 +42,7 @@ def test_factorys_share_freezes_the_tower_and_cuts_at_3072() -> None:
 def test_full_is_base_with_the_tower_trained_in_stage_2() -> None:
     first, second = PRESETS["full"].stages
     assert first == PRESETS["base"].stages[0]
-    assert second == dataclasses.replace(PRESETS["base"].stages[1], vision_from_layer=0)
+    assert second == dataclasses.replace(PRESETS["base"].stages[1], tower="from-0")
 
 
 def test_rows_are_those_of_the_papers_data_sets() -> None:
@@ -64,14 +64,18 @@ def test_every_field_is_explained() -> None:
         assert source.split(line, 1)[1].lstrip().startswith('"""'), field.name
 
 
-STAGE = '[[stages]]\nname = "a"\ntemplate = "model"\ntrains = "connector"\nlearning_rate = 1e-3\nbatch_size = 4\n'
+STAGE = '[[stages]]\nname = "a"\ntemplate = "model"\nllm = "frozen"\nlearning_rate = 1e-3\nbatch_size = 4\n'
 WRONG = {
     "unknown key": ('name = "x"\n' + STAGE + "learning_rat = 1\n", "unknown key 'learning_rat'", "learning_rate"),
     "unknown top key": ('nam = "x"\n' + STAGE, "unknown key 'nam'", "stages"),
     "missing": ('name = "x"\n' + STAGE.replace("batch_size = 4\n", ""), "batch_size is missing", "learning_rate"),
     "type": ('name = "x"\n' + STAGE.replace("= 4", '= "4"'), "batch_size = '4'", ""),
     "bool as int": ('name = "x"\n' + STAGE.replace("= 4", "= true"), "batch_size = True", ""),
-    "choice": ('name = "x"\n' + STAGE.replace('"connector"', '"all"'), "trains = 'all'", "connector+llm"),
+    "choice": ('name = "x"\n' + STAGE.replace('"frozen"', '"all"'), "llm = 'all'", "from-K"),
+    "layer": ('name = "x"\n' + STAGE + 'tower = "from-x"\n', "tower = 'from-x'", "from-12"),
+    "nothing": ('name = "x"\n' + STAGE + 'connector = "frozen"\n', "every part is frozen", "train one"),
+    "rank": ('name = "x"\n' + STAGE + "lora_rank = 0\n", "lora_rank = 0", "at least 1"),
+    "alpha": ('name = "x"\n' + STAGE + "lora_alpha = nan\n", "lora_alpha = nan", "alpha"),
     "not a number": ('name = "x"\n' + STAGE.replace("1e-3", "nan"), "learning_rate = nan", ""),
     "zero batch": ('name = "x"\n' + STAGE.replace("= 4", "= 0"), "batch_size = 0", "at least 1"),
     "uneven": ('name = "x"\n' + STAGE + "micro_batch = 3\n", "no multiple of micro_batch = 3", ""),

@@ -25,9 +25,9 @@ from tinyllava_edge.train.trainer import TrainResult, train, work_directory
 
 from .conftest import Files
 
-CAPTIONS = StageRecipe("pretrain", "pretrain", "connector", 2e-3, 4, precision="fp32")
+CAPTIONS = StageRecipe("pretrain", "pretrain", "frozen", 2e-3, 4, precision="fp32")
 ANSWERS = StageRecipe(
-    "finetune", "model", "connector+llm", 1e-3, 2, max_turns=4, precision="fp32", save_steps=5, adam_beta2=0.98
+    "finetune", "model", "full", 1e-3, 2, max_turns=4, precision="fp32", save_steps=5, adam_beta2=0.98
 )
 
 

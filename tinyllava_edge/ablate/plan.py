@@ -220,8 +220,8 @@ class _Costs:
         """2 per parameter and position forwards, as much again backwards for the inputs, and for what is trained."""
         seen = steps * stage.batch_size
         positions = self.visual_tokens + QUESTION_TOKENS * answers / max(1, packs)
-        llm = seen * positions * 2 * self.llm * (3 if stage.trains == "connector+llm" else 2)
-        tuned = stage.vision_from_layer is not None
+        llm = seen * positions * 2 * self.llm * (3 if stage.llm != "frozen" else 2)
+        tuned = stage.tower != "frozen"
         tower = (3 * seen if tuned else pictures) * self.patches * 2 * self.tower
         return llm + tower
 

@@ -81,7 +81,7 @@ def prepare(
             bad.append(bad_row(row, error.message))
     pictures: Pictures = Pixels(spec, images)
     names = sorted({row.image for row, _ in encoded if row.image is not None})
-    if stage.vision_from_layer is None and cache_size(checkpoint.model, spec, len(names)) <= cache_bytes:
+    if stage.tower == "frozen" and cache_size(checkpoint.model, spec, len(names)) <= cache_bytes:
         pictures, faults = cache_features(checkpoint.model, Pixels(spec, images), names, on_progress)
         bad += [bad_row(row, faults[row.image]) for row, _ in encoded if row.image in faults]
         encoded = [(row, ids) for row, ids in encoded if row.image not in faults]

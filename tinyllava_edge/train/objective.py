@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-from ..model import TinyLlava, is_dead, tower_layer
+from ..model import TinyLlava
 from .collate import IGNORED
-from .recipes import StageRecipe
+
+CHUNK = 1024  # answer positions whose logits are alive at once
 
 
 class Objective(nn.Module):
@@ -54,12 +56,28 @@ class Objective(nn.Module):
 
         counted = labels != IGNORED  # Eq. 3's indicator                              (b, a)
         rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
-        logits = self.model.lm_head(hidden[rows[counted], sources[counted]]).float()  # (counted, vocabulary)
-        total = functional.cross_entropy(logits, labels[counted], reduction="sum")
+        total, right = self._head(hidden[rows[counted], sources[counted]], labels[counted])  # (counted, h), (counted,)
         hits = torch.zeros_like(counted)
-        hits[counted] = logits.detach().argmax(-1) == labels[counted]
+        hits[counted] = right
         items = counted.sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / items, "hits": hits}
+
+    def _head(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and hits of answer positions, a chunk at a time: (c, h), (c,) → (), (c,).
+
+        Each chunk's logits are computed again in the backward pass, so that those of one chunk are alive at most.
+        """
+        if len(labels) <= CHUNK:
+            return self._chunk(hidden, labels)
+        parts = [
+            checkpoint(self._chunk, part, wanted, use_reentrant=False)
+            for part, wanted in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+        ]
+        return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([right for _, right in parts])
+
+    def _chunk(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.model.lm_head(hidden).float()  # (c, vocabulary)
+        return functional.cross_entropy(logits, labels, reduction="sum"), logits.detach().argmax(-1) == labels
 
     def train(self, mode: bool = True) -> Objective:
         """Training mode for what is trained; the tower stays in eval mode unless a part of it is trained."""
@@ -85,22 +103,6 @@ class Objective(nn.Module):
         tuned = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
         with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
             return self.model.tower_features(pixel_values)
-
-
-def freeze(model: TinyLlava, stage: StageRecipe) -> None:
-    """Mark what a stage trains (Figure 3): the connector, the language model with its head, upper tower layers."""
-    layers = int(model.config.vision_config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = _trains(name, stage, int(model.config.vision_feature_layer), layers)
-
-
-def _trains(name: str, stage: StageRecipe, feature_layer: int, layers: int) -> bool:
-    if ".multi_modal_projector." in name:
-        return True
-    if ".vision_tower." in name:
-        first, layer = stage.vision_from_layer, tower_layer(name)
-        return first is not None and layer is not None and layer >= first and not is_dead(name, feature_layer, layers)
-    return stage.trains == "connector+llm"
 
 
 def batch_to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

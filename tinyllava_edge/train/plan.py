@@ -15,13 +15,11 @@ from ..errors import UsageError
 from ..model import TinyLlava
 from ..spec import ModelSpec
 from .memory_plan import ENGINES, FLOAT, Load, Memory, estimate
-from .objective import freeze
+from .parts import PARTS, freeze, part_of
 from .pictures import CACHE_BYTES
 from .plan_data import Lengths
 from .plan_shape import model_shape, sequence_flop, tower_flop
 from .recipes import Recipe, StageRecipe
-
-PARTS = {"tower": "vision_tower", "connector": "multi_modal_projector", "llm": ""}  # name → part of a parameter's key
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def _stage(
     accumulate = max(1, math.ceil(stage.batch_size / (micro * machine.devices)))
     shape = model_shape(model, spec)
     features = 0
-    if stage.vision_from_layer is None and rows is not None:
+    if stage.tower == "frozen" and rows is not None:
         size = found.pictures * spec.feature_tokens * shape.tower.hidden * FLOAT
         features = size if size <= cache_bytes else 0
     load = Load(micro, found.positions, found.answers, accumulate, features > 0)
@@ -264,13 +262,9 @@ def count_steps(packs: int, epochs: float, micro: int, accumulate: int, devices:
 
 
 def _part(model: TinyLlava, name: str, stage: StageRecipe) -> Part:
-    own = [p for key, p in model.named_parameters() if _part_of(key) == name]
+    own = [p for key, p in model.named_parameters() if part_of(key) == name]
     trainable = sum(p.numel() for p in own if p.requires_grad)
     return Part(name, sum(p.numel() for p in own), trainable, stage.learning_rate if trainable else None)
-
-
-def _part_of(key: str) -> str:
-    return next(name for name, word in PARTS.items() if f".{word}." in f".{key}." or not word)
 
 
 def _warnings(

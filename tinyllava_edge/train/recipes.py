@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import UsageError
+from .parts import PARTS, parse_mode
 
-TRAINS = ("connector", "connector+llm")
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("bf16", "fp32")
 TEMPLATES = ("pretrain", "model")
@@ -29,16 +29,24 @@ class StageRecipe:
     """stage name, e.g. `pretrain`"""
     template: str
     """`pretrain`: image and caption (Eq. 1); `model`: the conversation template of the checkpoint (Eq. 3)"""
-    trains: str
-    """`connector` or `connector+llm`; the rest is frozen"""
+    llm: str
+    """language model and head: `frozen`, `full`, `from-K` (layers K and up, last norm, head), `lora` or `qlora`"""
     learning_rate: float
     """peak learning rate of AdamW"""
     batch_size: int
     """pictures (packs) per optimiser step, over all devices"""
     epochs: float = 1.0
     """passes over the data"""
-    vision_from_layer: int | None = None
-    """first tower layer that is trained too (`share`: 12); none keeps the tower frozen"""
+    connector: str = "full"
+    """connector: modes as `llm`"""
+    tower: str = "frozen"
+    """tower: modes as `llm`; `from-12` is the paper's share, `full` takes its embeddings too"""
+    lora_rank: int = 128
+    """rank of the adapters of parts in `lora` or `qlora` mode"""
+    lora_alpha: float = 256.0
+    """adapters are scaled by lora_alpha / lora_rank"""
+    lora_dropout: float = 0.05
+    """dropout in front of the adapters"""
     micro_batch: int = 0
     """pictures per device and forward pass; the gradients of batch_size are accumulated; 0 takes batch_size at once"""
     warmup_ratio: float = 0.03
@@ -92,37 +100,39 @@ class Recipe:
 LLAVA_PT, LLAVA_SFT, SHARE_PT, SHARE_SFT = 558_000, 665_000, 1_246_000, 665_000
 
 _BASE_1 = StageRecipe(
-    "pretrain", "pretrain", "connector", 1e-3, 256, micro_batch=32, max_length=2048, gradient_checkpointing=True
+    "pretrain", "pretrain", "frozen", 1e-3, 256, micro_batch=32, max_length=2048, gradient_checkpointing=True
 )
 _BASE_2 = StageRecipe(
-    "finetune", "model", "connector+llm", 2e-5, 128, micro_batch=8, max_length=2048, gradient_checkpointing=True
+    "finetune", "model", "full", 2e-5, 128, micro_batch=8, max_length=2048, gradient_checkpointing=True
 )
-_FULL_2 = dataclasses.replace(_BASE_2, vision_from_layer=0)
+_FULL_2 = dataclasses.replace(_BASE_2, tower="from-0")
 _SHARE_2 = StageRecipe(
     "share-pretrain",
     "pretrain",
-    "connector+llm",
+    "full",
     2e-5,
     256,
-    vision_from_layer=12,
+    tower="from-12",
     micro_batch=8,
     max_length=3072,
     gradient_checkpointing=True,
 )
 _SHARE_3 = dataclasses.replace(_BASE_2, max_length=3072)
+_LORA_2 = dataclasses.replace(_SHARE_3, llm="lora", learning_rate=2e-4)
+_QLORA_2 = dataclasses.replace(_LORA_2, llm="qlora", micro_batch=4)
+_CUSTOM = dataclasses.replace(_LORA_2, learning_rate=1e-4, micro_batch=4)
 
-_NANO_1 = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 64, epochs=2.0, adam_beta2=0.98, save_steps=200)
-_NANO_2 = StageRecipe(
-    "finetune", "model", "connector+llm", 1e-3, 24, epochs=2.0, adam_beta2=0.98, max_turns=16, save_steps=200
-)
+_NANO_1 = StageRecipe("pretrain", "pretrain", "frozen", 1e-3, 64, epochs=2.0, adam_beta2=0.98, save_steps=200)
+_NANO_2 = StageRecipe("finetune", "model", "full", 1e-3, 24, epochs=2.0, adam_beta2=0.98, max_turns=16, save_steps=200)
+_NANO_LORA = dataclasses.replace(_NANO_2, llm="lora", learning_rate=2e-3, lora_rank=64, lora_alpha=128.0)
 _NANO_SHARE = StageRecipe(
     "share-pretrain",
     "pretrain",
-    "connector+llm",
+    "full",
     1e-3,
     64,
     epochs=1.0,
-    vision_from_layer=2,
+    tower="from-2",
     adam_beta2=0.98,
     save_steps=200,
 )
@@ -147,7 +157,7 @@ PRESETS: dict[str, Recipe] = {
         "share-factory",
         (
             dataclasses.replace(_BASE_1, max_length=3072),
-            dataclasses.replace(_SHARE_2, vision_from_layer=None),
+            dataclasses.replace(_SHARE_2, tower="frozen"),
             _SHARE_3,
         ),
         "TinyLLaVA Factory's share scripts: as share, but the tower is frozen in every stage. They train in fp16; this "
@@ -160,6 +170,26 @@ PRESETS: dict[str, Recipe] = {
         "base, with every tower layer that the features pass through trained in stage 2 too; the tower's patch and "
         "position embeddings stay as they are. Not from the paper.",
         (LLAVA_PT, LLAVA_SFT),
+    ),
+    "lora": Recipe(
+        "lora",
+        (dataclasses.replace(_BASE_1, max_length=3072), _LORA_2),
+        "TinyLLaVA Factory's LoRA script after base's stage 1: adapters of rank 128 in the language model, the "
+        "connector whole. It trains in fp16; this recipe in bf16.",
+        (LLAVA_PT, LLAVA_SFT),
+    ),
+    "qlora": Recipe(
+        "qlora",
+        (dataclasses.replace(_BASE_1, max_length=3072, micro_batch=8), _QLORA_2),
+        "lora with the language model's layers in 4 bits (NF4, QLoRA §3), for one GPU of 24 GB. Factory's script has "
+        "8 bits.",
+        (LLAVA_PT, LLAVA_SFT),
+    ),
+    "custom": Recipe(
+        "custom",
+        (_CUSTOM,),
+        "TinyLLaVA Factory's script for one's own data: adapters on a trained checkpoint, which --checkpoint names. "
+        "For a few thousand rows raise epochs to 3 and lower batch_size to 32.",
     ),
     "base-nano": Recipe(
         "base-nano",
@@ -174,6 +204,16 @@ PRESETS: dict[str, Recipe] = {
         "share for the nano models: the connector starts from base-nano's stage 1, then everything but the first 2 of "
         "the tower's 4 live layers (the paper: 12 of 24) is trained on captions, then stage 2 of base-nano. Learning "
         "rates and batches as in base-nano.",
+    ),
+    "lora-nano": Recipe(
+        "lora-nano",
+        (_NANO_1, _NANO_LORA),
+        "lora for the nano models: rank 64 of width 256, twice the learning rate of base-nano.",
+    ),
+    "qlora-nano": Recipe(
+        "qlora-nano",
+        (_NANO_1, dataclasses.replace(_NANO_LORA, llm="qlora")),
+        "lora-nano with the language model's layers in 4 bits; runs on a CPU too, slowly.",
     ),
 }
 
@@ -253,13 +293,15 @@ def _typed(given: Any, hint: Any, where: str) -> Any:
 
 def _check(stage: StageRecipe, where: str) -> None:
     for name, known in (
-        ("trains", TRAINS),
         ("lr_scheduler", SCHEDULERS),
         ("precision", PRECISIONS),
         ("template", TEMPLATES),
     ):
         if getattr(stage, name) not in known:
             raise UsageError(f"{where}: {name} = {getattr(stage, name)!r}", f"known: {', '.join(known)}")
+    kinds = [parse_mode(getattr(stage, part), f"{where}: {part}").kind for part in PARTS]
+    if set(kinds) == {"frozen"}:
+        raise UsageError(f"{where}: every part is frozen", 'train one, e.g. connector = "full"')
     lowest: dict[str, float] = {
         "batch_size": 1,
         "max_turns": 1,
@@ -268,7 +310,7 @@ def _check(stage: StageRecipe, where: str) -> None:
         "max_length": 0,
         "seed": 0,
     }
-    lowest |= {"weight_decay": 0, "max_grad_norm": 0, "vision_from_layer": 0}
+    lowest |= {"weight_decay": 0, "max_grad_norm": 0, "lora_rank": 1}
     for name, limit in lowest.items():
         given = getattr(stage, name)
         if given is not None and not limit <= given < 2**31:
@@ -277,6 +319,11 @@ def _check(stage: StageRecipe, where: str) -> None:
         raise UsageError(
             f"{where}: learning_rate = {stage.learning_rate}, epochs = {stage.epochs}",
             "a name, a learning rate between 0 and 1, and 0 < epochs <= 1000 are needed",
+        )
+    if not 0 < stage.lora_alpha < 1e6 or not 0 <= stage.lora_dropout < 1:
+        raise UsageError(
+            f"{where}: lora_alpha = {stage.lora_alpha:g}, lora_dropout = {stage.lora_dropout:g}",
+            "alpha above 0, and 0 <= dropout < 1",
         )
     if not 0 <= stage.warmup_ratio < 1 or not 0 < stage.adam_beta2 < 1:
         raise UsageError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from .. import checkpoint as checkpoints
 from ..data.llava_json import BAD_ROWS_FILE, write_bad_rows
 from ..errors import StorageError, TinyLlavaEdgeError
 from ..files import sha256_tree, write_json
+from . import adapters
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, open_work
-from .objective import Objective, freeze
+from .objective import Objective
+from .parts import adapts, freeze
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, InterruptOnce, Meter, Watch
 from .recipes import StageRecipe
@@ -91,6 +93,11 @@ def work_directory(out: Path) -> Path:
     return out.parent / f"{out.name}.work"
 
 
+def adapter_directory(out: Path) -> Path:
+    """Where a run that trains adapters keeps them, beside the checkpoint that they are merged into."""
+    return out.parent / f"{out.name}.adapter"
+
+
 def train(
     checkpoint: Path,
     stage: StageRecipe,
@@ -102,6 +109,7 @@ def train(
     max_bad: int = 0,
     resume: bool = True,
     force: bool = False,
+    adapter: Path | None = None,
     max_seconds: float | None = None,
     cache_bytes: int = CACHE_BYTES,
     workers: int = 0,
@@ -118,6 +126,7 @@ def train(
         max_bad: bad rows to accept; they are written to `{out}.bad_rows.jsonl`.
         resume: go on from the newest whole state of the same job; False starts over.
         force: replace `out` if it exists.
+        adapter: what an earlier stage's adapters are trained further from; `{out}.adapter` of that run.
         max_seconds: stop training after this time and keep what was learnt; the learning rate is not annealed then.
         cache_bytes: the most that cached tower features may take.
         workers: processes that decode pictures when features are not cached.
@@ -129,10 +138,11 @@ def train(
         Interrupted: Ctrl-C; the hint says how to go on.
         TinyLlavaEdgeError: the loss is not finite.
     """
-    if out.exists() and not force:
-        raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
+    work, kept = work_directory(out), adapter_directory(out)
+    for path in (out, kept) if adapts(stage) and not work.exists() else (out,):
+        if path.exists() and not force:
+            raise StorageError(f"{path} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
-    work = work_directory(out)
     settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers)
     start.model.to(settings.device)
     progress = progress and settings.should_save  # of several processes, one talks and writes
@@ -143,14 +153,17 @@ def train(
     )  # fmt: skip
     source_sha256 = sha256_tree(checkpoint)
     job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
+    if adapter is not None:
+        job["adapter_sha256"] = sha256_tree(adapter)
     with settings.main_process_first():
         state = open_work(work, job, resume or not settings.should_save)
 
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, settings, state, watch)
+    trainer = _fit(start, stage, prepared, settings, state, watch, adapter)
     done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
-    trained = _whole(trainer, start)
+    origin = {"source": str(checkpoint), "source_sha256": source_sha256}
+    trained = _whole(trainer, start, stage, origin, kept)
     scored = None
     if eval_data is not None and settings.should_save:
         scored = score(trained, stage, eval_data, images, cache_bytes=cache_bytes)
@@ -188,11 +201,15 @@ def _fit(
     settings: TrainingArguments,
     state: Path | None,
     watch: Watch,
+    adapter: Path | None,
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
     model = start.model
     model.model.language_model.set_attn_implementation("sdpa")  # the one that takes our boolean masks
+    adapters.put_in(model, stage, "bf16" if settings.bf16 else "fp32")
     freeze(model, stage)
+    if adapter is not None:
+        adapters.load(model, adapter)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = StageTrainer(Objective(model), settings, prepared, watch)
@@ -215,15 +232,23 @@ def _fit(
     return trainer
 
 
-def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-    """The trained model as one; where its parameters are spread over devices, the writing process gathers them."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+def _whole(
+    trainer: StageTrainer, start: checkpoints.Checkpoint, stage: StageRecipe, origin: Mapping[str, str], kept: Path
+) -> checkpoints.Checkpoint:
+    """The trained model as one: gathered where its parameters are spread over devices, adapters saved and merged."""
+    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not spread and not adapts(stage):
         return start
-    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    found = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else trainer.model.state_dict()
     if not trainer.args.should_save:
         return start
     model = checkpoints.load(start.root).model
-    model.load_state_dict({name.removeprefix("model."): value for name, value in gathered.items()})
+    if adapts(stage):
+        tensors = {name.removeprefix("model."): found[name] for name in sorted(trainer.trained)}
+        adapters.save(tensors, stage, kept, origin, force=True)
+        adapters.merge(model, kept)
+    else:
+        model.load_state_dict({name.removeprefix("model."): value for name, value in found.items()})
     return dataclasses.replace(start, model=model)
 
 
