@@ -20,6 +20,7 @@ from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DataError, UsageError
 from tinyllava_edge.spec import LLM_BACKBONES, VARIANTS, VISION_BACKBONES
 from tinyllava_edge.train import memory_plan
+from tinyllava_edge.train.adapters import put_in
 from tinyllava_edge.train.collate import Encoded, Pack
 from tinyllava_edge.train.dataset import StageData, prepare
 from tinyllava_edge.train.memory_plan import ENGINES, Counts, estimate
@@ -108,7 +109,7 @@ def test_engines_and_devices_lower_the_peak() -> None:
     assert peaks["zero2"][1] > peaks["zero3"][1] and peaks["zero2"][0] > peaks["zero2"][1]
     model, spec = variant_model(SHARE)
     freeze(model, PRESETS["share"].stages[2])
-    shape = model_shape(model, spec)
+    shape = model_shape(model, spec, PRESETS["share"].stages[2])
     load_ = memory_plan.Load(8, 929, 200, 1)
     with_, without = (estimate(shape, load_, "bf16", ENGINES["ddp"], 1, given) for given in (True, False))
     assert without.activations > 5 * with_.activations and without.peak > with_.peak
@@ -133,6 +134,11 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, object], tiny
     stage = override(PRESETS["base-nano"].stages[1], {"max_turns": 1, **changes})
     model, n, answers, image = start.model, 200, 40, int(start.model.config.image_token_id)
     freeze(model, stage)
+    shape = model_shape(model, start.spec, stage)
+    found = Lengths(1, 1, 1, 1.0, n, n, answers, answers, 0, "known")
+    mine = 3 * (sequence_flop(model, shape, found, stage) + tower_flop(model, shape, stage))
+    put_in(model, stage)
+    freeze(model, stage)
     model.model.language_model.set_attn_implementation("sdpa")
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -143,9 +149,6 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, object], tiny
     objective = Objective(model).train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused one is not counted
         objective(**data.batch([item] * 3))["loss"].backward()
-    found = Lengths(1, 1, 1, 1.0, n, n, answers, answers, 0, "known")
-    shape = model_shape(model, start.spec)
-    mine = 3 * (sequence_flop(model, shape, found, stage) + tower_flop(model, shape, stage))
     assert mine == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from tinyllava_edge.spec import LLM_BACKBONES, VISION_BACKBONES, model_spec
-from tinyllava_edge.train.memory_plan import ENGINES, Stack, layer_bytes, types
+from tinyllava_edge.train.memory_plan import ENGINES, Adapters, Stack, layer_bytes, types
 
 # case → language model, fields of the stage
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +30,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"llm": "full", "batch_size": 4, "gradient_checkpointing": True},
     ),
     "logits": ("llama", {"llm": "frozen"}),  # of a large vocabulary, at every text position
+    "logits in chunks": ("llama", {"llm": "frozen"}),  # of 128 positions
     "phi and tower": ("phi", {"llm": "full", "tower": "from-1"}),
+    "lora": ("llama", {"llm": "lora", "lora_rank": 64, "lora_dropout": 0.0}),
+    "qlora, checkpointing": (
+        "llama",
+        {"llm": "qlora", "lora_rank": 64, "lora_dropout": 0.0, "gradient_checkpointing": True},
+    ),
 }
 TEXT, ANSWERS = 256, 64  # tokens of a row besides the picture, and how many of them are answers
 
@@ -52,6 +58,8 @@ def child(case: str) -> dict[str, float]:
     import dataclasses
 
     from tinyllava_edge.model import build_model
+    from tinyllava_edge.train import memory_plan, objective
+    from tinyllava_edge.train.adapters import put_in
     from tinyllava_edge.train.collate import Encoded, Pack
     from tinyllava_edge.train.dataset import StageData
     from tinyllava_edge.train.engine import StageTrainer, arguments
@@ -68,9 +76,11 @@ def child(case: str) -> dict[str, float]:
     spec = dataclasses.replace(
         model_spec("TinyLLaVA-base-NanoSig-Nano"), embedding_dim=512, llm_family=kind, visual_tokens=64
     )
+    if case == "logits in chunks":
+        memory_plan.CHUNK = objective.CHUNK = 128
     n, packs = spec.visual_tokens + TEXT, 2 * stage.batch_size
 
-    answers, vocabulary = (TEXT, 1 << 16) if case == "logits" else (ANSWERS, 1 << 13)
+    answers, vocabulary = (TEXT, 1 << 16) if "logits" in case else (ANSWERS, 1 << 13)
 
     def run(hidden: int, layers: int) -> Any:
         text = text_config(
@@ -90,6 +100,7 @@ def child(case: str) -> dict[str, float]:
             found = Lengths(packs, packs, packs, 1.0, n, n, answers, answers, 0, "known")
             options: dict[str, Any] = {"text_tokens": 1, "lengths": lambda stage, limit: found, "cache_bytes": 0}
             plan = make_plan(model, spec, Recipe("r", (stage,)), Machine(), **options).stages[0]
+        put_in(model, stage)
         freeze(model, stage)
         model.model.language_model.set_attn_implementation("sdpa")
         if stage.gradient_checkpointing:
@@ -128,7 +139,7 @@ def test_the_peak_of_a_process_that_trains(case: str, measured: dict[str, dict[s
     """Within 15 %; measured on two shared cores: 0.97 to 1.05."""
     found = measured[case]
     assert found["estimated"] == pytest.approx(found["measured"], rel=0.15)
-    assert found["measured"] > 200e6, "too small to tell"
+    assert found["measured"] > 100e6, "too small to tell"
 
 
 LLMS = ("llama", "stablelm", "qwen2", "qwen3", "gemma")
@@ -150,6 +161,24 @@ def test_what_a_layer_keeps_for_the_backward_pass(kind: str, precision: str, tra
         found.append(saved_bytes(model, inputs, precision))
     stack = Stack.of(model.config)
     expected = layer_bytes(stack, tokens / 2, types(precision, ENGINES["ddp"]), bool(trained))
+    assert expected == pytest.approx((found[1] - found[0]) / tokens, rel=0.06)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["llama", "phi", "Sig"])
+def test_what_a_layer_with_adapters_keeps(kind: str, precision: str) -> None:
+    """As above; without dropout, whose masks are of another type on a CPU."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if (kind, precision) == ("phi", "bf16"):
+        pytest.skip("autocast leaves `pow` in bf16 on a CPU")
+    found, tokens = [], 0
+    for layers in (2, 3):
+        model, inputs, tokens = small_stack(kind, layers)
+        names = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and "layers" in name]
+        inject_adapter_in_model(LoraConfig(r=24, lora_dropout=0.0, target_modules=names), model)
+        found.append(saved_bytes(model, inputs, precision))
+    expected = layer_bytes(Stack.of(model.config), tokens / 2, types(precision, ENGINES["ddp"]), False, Adapters(24))
     assert expected == pytest.approx((found[1] - found[0]) / tokens, rel=0.06)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 from ..errors import UsageError
 
 FLOAT, HALF = 4, 2  # bytes
+NF4 = 4.127 / 8  # bytes of a weight in 4 bits, with its quantised constants (QLoRA, §3)
+CHUNK = 1024  # answer positions whose logits the objective has alive at once
 LOGITS = 12  # bytes per logit at the worst moment: log-probabilities, their gradient, the logits' gradient, all float32
 
 
@@ -138,12 +140,26 @@ def types(precision: str, engine: Engine) -> Types:
     return Types(HALF, HALF if engine.half_weights else FLOAT)
 
 
-def layer_bytes(stack: Stack, positions: float, kind: Types, trained: bool) -> float:
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters on every linear layer of a stack."""
+
+    rank: int = 0
+    """0 for none"""
+    dropout: bool = False
+    """whether each adapter drops inputs of its own"""
+
+
+NONE = Adapters()
+
+
+def layer_bytes(stack: Stack, positions: float, kind: Types, trained: bool, adapters: Adapters = NONE) -> float:
     """Bytes per token that one layer keeps for the backward pass, its weights' copies aside.
 
     Args:
         positions: length of the sequence, for the mask.
         trained: whether its own weights get gradients; a frozen layer keeps no inputs of linear layers.
+        adapters: what is trained in their stead: each keeps its input, its drop mask and its inner result.
 
     Source: Korthikanti et al. 2022, §4.1, `sbh(34 + 5as/h)` for GPT with half-precision residuals, dropout and stored
     scores; here each term is what transformers' own layers keep.
@@ -164,6 +180,12 @@ def layer_bytes(stack: Stack, positions: float, kind: Types, trained: bool) -> f
     if trained:
         copies = 3 + (2 if stack.gated else 1) if kind.autocast else min(stack.norms, 2)
         inputs = w * (h * copies + f)
+    if adapters.rank:
+        linear = 7 if stack.gated else 6
+        each = h * (3 + linear - 5) + stack.queries + f  # every linear layer's input by itself
+        shared = h * min(stack.norms, 2) + f
+        own = kind.autocast or adapters.dropout  # its copy in bf16, or what is left of its input
+        inputs += w * (each if own else shared) + (each if adapters.dropout else 0) + w * adapters.rank * linear
     return norm + attention + mlp + inputs
 
 
@@ -190,6 +212,10 @@ class Counts:
     """the largest layer's, or the embedding's if that is larger: what sharded weights are gathered by"""
     layer: int
     """the largest layer's"""
+    quantised: int = 0
+    """those of all that are kept in 4 bits"""
+    adapters: int = 0
+    """those of all, and of the trained ones, that are adapters'; float32 in every engine"""
 
 
 @dataclass(frozen=True)
@@ -214,6 +240,10 @@ class Shape:
     """tower tokens of a picture, class token included"""
     visual_tokens: int
     """positions of a picture in the language model"""
+    llm_adapters: Adapters = NONE
+    """the language model's"""
+    tower_adapters: Adapters = NONE
+    """the tower's"""
 
 
 @dataclass(frozen=True)
@@ -269,7 +299,7 @@ def estimate(shape: Shape, load: Load, precision: str, engine: Engine, devices: 
     kind, counts = types(precision, engine), shape.counts
     weights, gradients, optimizer = _states(counts, precision, engine, devices)
     tokens = load.pictures * load.positions
-    layer = layer_bytes(shape.llm, load.positions, kind, shape.llm_trained)
+    layer = layer_bytes(shape.llm, load.positions, kind, shape.llm_trained, shape.llm_adapters)
     image_tokens = load.pictures * shape.visual_tokens
     tower_tokens = load.pictures * shape.patches
 
@@ -278,7 +308,7 @@ def estimate(shape: Shape, load: Load, precision: str, engine: Engine, devices: 
     kept += tower_tokens * (FLOAT + kind.width) * shape.tower.hidden  # the connector's input
     kept += image_tokens * (2 * kind.width + kind.residual) * shape.llm.hidden
     kept += load.pictures * (load.positions**2 + FLOAT * 3 * shape.image_size**2)  # boolean mask, pixels
-    tower_layer = layer_bytes(shape.tower, shape.patches, kind, True)
+    tower_layer = layer_bytes(shape.tower, shape.patches, kind, not shape.tower_adapters.rank, shape.tower_adapters)
     if shape.tower_trained:
         kept += (
             shape.tower_trained
@@ -291,7 +321,7 @@ def estimate(shape: Shape, load: Load, precision: str, engine: Engine, devices: 
         workspace += layer * tokens + copied
     states = 0.0 if load.features_cached else (shape.tower.layers + 1) * kind.residual * shape.tower.hidden
     tower = tower_tokens * (states + (0 if load.features_cached else backward_bytes(shape.tower, kind)))
-    logits = load.pictures * load.answers * shape.vocabulary * LOGITS
+    logits = min(load.pictures * load.answers, CHUNK) * shape.vocabulary * LOGITS
     copies = _copies(counts, kind, engine, devices, checkpointing)
 
     before = gradients if load.accumulate > 1 or (engine.name == "ddp" and devices > 1) else 0.0
@@ -310,8 +340,9 @@ def _states(counts: Counts, precision: str, engine: Engine, devices: int) -> tup
     share = {name: devices if name in engine.shards else 1 for name in ("weights", "gradients", "optimizer")}
     number = HALF if half else FLOAT
     buckets = 2 if engine.name == "ddp" and devices > 1 else 1  # DDP keeps its own copy of the gradients
+    packed = NF4 * counts.quantised + FLOAT * counts.adapters
     return (
-        number * counts.all / share["weights"],
+        (number * (counts.all - counts.quantised - counts.adapters) + packed) / share["weights"],
         number * counts.trained * buckets / share["gradients"],
         (12 if half else 8) * counts.trained / share["optimizer"],
     )

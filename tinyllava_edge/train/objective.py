@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model import TinyLlava
 from .collate import IGNORED
-
-CHUNK = 1024  # answer positions whose logits are alive at once
+from .memory_plan import CHUNK
 
 
 class Objective(nn.Module):

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..model import TinyLlava
 from ..spec import ModelSpec
 from .memory_plan import ENGINES, FLOAT, Load, Memory, estimate
-from .parts import PARTS, freeze, part_of
+from .parts import PARTS, adapter_size, freeze, part_of
 from .pictures import CACHE_BYTES
 from .plan_data import Lengths
 from .plan_shape import model_shape, sequence_flop, tower_flop
@@ -44,8 +44,10 @@ class Part:
 
     name: str
     """`tower`, `connector` or `llm`"""
+    mode: str
+    """`frozen`, `full`, `from-K`, `lora` or `qlora`"""
     parameters: int
-    """all of its parameters"""
+    """all of its parameters, adapters not counted"""
     trainable: int
     """those that the stage trains"""
     learning_rate: float | None
@@ -210,7 +212,7 @@ def _stage(
     rows, packs = (None, None) if found.rows < 0 else (found.rows, found.packs)
     micro = stage.micro_batch or max(1, stage.batch_size // machine.devices)
     accumulate = max(1, math.ceil(stage.batch_size / (micro * machine.devices)))
-    shape = model_shape(model, spec)
+    shape = model_shape(model, spec, stage)
     features = 0
     if stage.tower == "frozen" and rows is not None:
         size = found.pictures * spec.feature_tokens * shape.tower.hidden * FLOAT
@@ -263,8 +265,9 @@ def count_steps(packs: int, epochs: float, micro: int, accumulate: int, devices:
 
 def _part(model: TinyLlava, name: str, stage: StageRecipe) -> Part:
     own = [p for key, p in model.named_parameters() if part_of(key) == name]
-    trainable = sum(p.numel() for p in own if p.requires_grad)
-    return Part(name, sum(p.numel() for p in own), trainable, stage.learning_rate if trainable else None)
+    trainable = sum(p.numel() for p in own if p.requires_grad) + adapter_size(model, stage, name)
+    mode = getattr(stage, name)
+    return Part(name, mode, sum(p.numel() for p in own), trainable, stage.learning_rate if trainable else None)
 
 
 def _warnings(

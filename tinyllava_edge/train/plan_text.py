@@ -36,7 +36,7 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _stage(stage: StagePlan, plan: Plan) -> list[str]:
     devices = plan.machine.devices
-    parts = [("part", "parameters", "trainable", "lr"), *map(_part, stage.parts), _total(stage.parts)]
+    parts = [("part", "parameters", "trainable", "mode", "lr"), *map(_part, stage.parts), _total(stage.parts)]
     rows = "rows unknown (--rows, or --data)" if stage.rows is None else f"{stage.rows:,} rows"
     if stage.packs is not None and stage.packs != stage.rows:
         rows += f" in {stage.packs:,} sequences"
@@ -67,14 +67,14 @@ def _stage(stage: StagePlan, plan: Plan) -> list[str]:
     return [*lines, *(f"  warning: {text}" for text in stage.warnings)]
 
 
-def _part(part: Part) -> tuple[str, str, str, str]:
-    rate = "frozen" if part.learning_rate is None else f"{part.learning_rate:g}"
-    return part.name, f"{part.parameters:,}", f"{part.trainable:,}", rate
+def _part(part: Part) -> tuple[str, ...]:
+    rate = "" if part.learning_rate is None else f"{part.learning_rate:g}"
+    return part.name, f"{part.parameters:,}", f"{part.trainable:,}", part.mode, rate
 
 
-def _total(parts: tuple[Part, ...]) -> tuple[str, str, str, str]:
+def _total(parts: tuple[Part, ...]) -> tuple[str, ...]:
     trainable = sum(part.trainable for part in parts)
-    return "all", f"{sum(part.parameters for part in parts):,}", f"{trainable:,}", ""
+    return "all", f"{sum(part.parameters for part in parts):,}", f"{trainable:,}", "", ""
 
 
 def _time(stage: StagePlan, plan: Plan) -> str:
