@@ -16,6 +16,7 @@ from .cli_bench import bench
 from .cli_device import BundleArg, Json, Threads, run, serve
 from .cli_eval import compare, divergence, eval_app
 from .cli_frame import emit, run_app, talk
+from .cli_train import Force, merge, train
 from .errors import UsageError
 from .export.options import FIELDS, flag, help_text, names, shown_default
 
@@ -29,8 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Force = Annotated[bool, typer.Option("--force", help="Replace what stands at the output path.")]
 
 
 def main() -> None:
@@ -71,117 +70,8 @@ def demo(
         emit(summary)
 
 
-@app.command()
-def train(
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Checkpoint directory to write; needed to train.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="LLaVA JSON with the conversations; needed to train.")
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option("--images", help="Directory that the rows' image paths start from; needed with --data."),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Checkpoint to continue from; a new model if absent.")
-    ] = None,
-    variant: Annotated[str, typer.Option("--variant", help="Variant of a new model; see `info --variants`.")] = "",
-    vision: Annotated[
-        Path | None, typer.Option("--vision", help="Hugging Face directory of a new model's tower.")
-    ] = None,
-    llm: Annotated[
-        Path | None, typer.Option("--llm", help="Hugging Face directory of a new model's language model.")
-    ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--recipe", help="Recipe name or TOML file; by default the one in the variant's name, else base-nano."
-        ),
-    ] = "",
-    stage: Annotated[
-        str,
-        typer.Option("--stage", help="Stage of the recipe, e.g. pretrain; finetune by default, a dry run shows all."),
-    ] = "",
-    max_bad_rows: Annotated[int, typer.Option("--max-bad-rows", min=0, help="Bad rows to skip before stopping.")] = 0,
-    force: Force = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Train nothing: print stages, trainable parameters, steps, tokens, memory and time. Needs no weights "
-            "and no data; the options below are its own.",
-        ),
-    ] = False,
-    rows: Annotated[
-        int | None,
-        typer.Option(
-            "--rows", min=1, help="Conversations of a stage; those of --data, or of the recipe's own data, by default."
-        ),
-    ] = None,
-    text_tokens: Annotated[
-        int,
-        typer.Option("--text-tokens", min=1, help="Tokens of a row besides its picture, where --data is not given."),
-    ] = 200,
-    devices: Annotated[int, typer.Option("--devices", min=1, help="Devices, one process each.")] = 1,
-    device_memory: Annotated[
-        str, typer.Option("--device-memory", metavar="SIZE", help="Memory of each device, e.g. 24GB: does it fit?")
-    ] = "",
-    engine: Annotated[
-        str, typer.Option("--engine", help="How states are divided over devices: ddp, zero2, zero3 or fsdp.")
-    ] = "ddp",
-    peak_tflops: Annotated[
-        float | None,
-        typer.Option("--peak-tflops", help="Dense peak of one device in the stage's precision; without it, no time."),
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option("--mfu", help="Share of the peak that training reaches; an assumption, measure yours.")
-    ] = 0.4,
-    as_json: Json = False,
-) -> None:
-    """Train one stage: `pretrain` fits the connector on captions, `finetune` connector and LLM on answers.
-
-    With --dry-run, say what a recipe takes: `train --variant TinyLLaVA-share-Sig-Phi --devices 8 --dry-run`.
-    """
-    from .commands import plan_training, train_stage
-
-    if dry_run:
-        machine = {
-            "devices": devices,
-            "memory": device_memory,
-            "engine": engine,
-            "peak_tflops": peak_tflops,
-            "mfu": mfu,
-        }
-        value, lines = plan_training(
-            data,
-            images,
-            checkpoint,
-            variant,
-            llm=llm,
-            recipe=recipe,
-            stage=stage,
-            max_bad_rows=max_bad_rows,
-            rows=rows,
-            text_tokens=text_tokens,
-            machine=machine,
-        )
-        emit(value) if as_json else print("\n".join(lines))
-        return
-    result = train_stage(
-        out,
-        data,
-        images,
-        checkpoint,
-        variant,
-        vision=vision,
-        llm=llm,
-        recipe=recipe,
-        stage=stage,
-        max_bad_rows=max_bad_rows,
-        force=force,
-    )
-    emit(result) if as_json else talk(f"checkpoint: {out}")
+app.command()(train)
+app.command()(merge)
 
 
 @app.command("import")

@@ -24,6 +24,7 @@ EXTRAS = {
     "accelerate": "train",
     "safetensors": "train",
     "tokenizers": "train",
+    "peft": "lora",
     "onnx": "export",
     "onnxscript": "export",
     "gguf": "export",

@@ -72,7 +72,7 @@ class CharacterEncoder:
 
 
 def measure(
-    data: Path,
+    data: Path | Sequence[Path],
     images: Path,
     template: Template,
     tokenizer: Any | None,

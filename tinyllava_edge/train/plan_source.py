@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def plan_tokenizer(checkpoint: Path | None, llm: Path | None, name: str) -> Any 
 
 
 def data_lengths(
-    data: Path, images: Path, spec: ModelSpec, tokenizer: Any | None, *, max_bad: int = 0
+    data: Path | Sequence[Path], images: Path, spec: ModelSpec, tokenizer: Any | None, *, max_bad: int = 0
 ) -> Callable[[StageRecipe, int], Lengths]:
     """A function that measures the data for a stage whose rows are cut at some length, as `make_plan` takes it."""
 
