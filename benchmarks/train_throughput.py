@@ -5,14 +5,14 @@
         --peak-tflops 989 --out FILE.json                                                     # one H100, random weights
 
 Cases: base's stage 1 (connector), base's stage 2 (connector and language model) and share's (tower layers too). Both
-sides see the same conversations. The peer decodes every picture, pads each batch in random order to its longest row and
-computes all logits, as a plain Trainer does; on a GPU in float16 with gradient checkpointing, as TinyLLaVA Factory's
-scripts do. Ours is what `train` runs: kept tower features where the tower is frozen, rows that share a picture's prefix,
-packs end to end, logits of answers alone, bf16.
+sides see the same conversations. The peer decodes every picture, pads each batch in random order to its longest row
+and computes all logits, as a plain Trainer does; on a GPU in float16 with gradient checkpointing, as TinyLLaVA
+Factory's scripts do. Ours is what `train` runs: kept tower features where the tower is frozen, rows that share a
+picture's prefix, packs end to end, logits of answers alone, bf16.
 
-Rates are of rows, pictures and of positions without padding, over steps after the first ones. MFU counts the operations
-that the rows need (a forward and a backward pass over each row by itself, nothing recomputed, a frozen tower's forward
-pass once a row) over the peak: --peak-tflops, or on a CPU the rate of a large product in the same run.
+Rates are of rows and of their positions, each row by itself, without padding, over steps after the first ones. MFU
+counts what a side has to compute, nothing recomputed, no padding, over the peak: --peak-tflops, or on a CPU the rate of
+a large product in the same run. A prefix that rows share and a kept feature are not computed, so they don't count.
 """
 
 from __future__ import annotations
@@ -234,20 +234,20 @@ def made_up_data(root: Path, pictures: int) -> dict[str, tuple[Path, Path]]:
     return {name: (root / f"{name}.json", root / "images") for name in rows}
 
 
-def row_flop(start: Checkpoint, stage: StageRecipe, data: StageData) -> float:
-    """Operations that a row needs by itself, nothing recomputed; mean over the rows."""
+def row_flop(start: Checkpoint, stage: StageRecipe, data: StageData, kept: bool) -> float:
+    """Operations for a row of these packs, nothing recomputed, the mean; with kept features the tower's are none."""
     plain = dataclasses.replace(stage, gradient_checkpointing=False, micro_batch=1)
     freeze(start.model, plain)
     shape = model_shape(start.model, start.spec, plain)
     total = rows = 0.0
     for k in range(0, len(data.packs), max(1, len(data.packs) // 200)):
-        for row in data.packs[k].rows:
-            n, answers = len(row.ids), int(np.sum(row.is_answer))
-            with_picture = float(bool(data.packs[k].images))
-            found = Lengths(1, 1, 1, with_picture, n, n, answers, answers, 0, "measured")
-            total += sequence_flop(start.model, shape, found, plain)
-            total += with_picture * tower_flop(start.model, shape, plain)
-            rows += 1
+        item = data.packs[k]
+        n, answers = item.length, sum(int(np.sum(row.is_answer)) for row in item.rows)
+        with_picture = float(bool(item.images))
+        found = Lengths(1, 1, 1, with_picture, n, n, answers, answers, 0, "measured")
+        total += sequence_flop(start.model, shape, found, plain)
+        total += 0.0 if kept else with_picture * tower_flop(start.model, shape, plain)
+        rows += len(item.rows)
     return total / rows
 
 
@@ -290,7 +290,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
             kept = prepare(start, stage, rows, images, cache=root / "cache", cache_bytes=args.cache_bytes)
             alone = dataclasses.replace(stage, max_turns=1, batch_size=64 if nano else stage.batch_size)
             plain = prepare(start, alone, rows, images, cache=root / "cache", cache_bytes=0)
-            flop = row_flop(start, alone, plain)
+            cached = "image_features" in kept.batch([kept.packs[0]])
+            flop = {"ours": row_flop(start, stage, kept, cached), "peer": row_flop(start, alone, plain, False)}
             sides: dict[str, list[Rates]] = {"ours": [], "peer": []}
             for number in range(args.rounds):
                 for side, run in (("ours", ours), ("peer", peer)):
@@ -317,7 +318,8 @@ def _device(device: str) -> str:
 def table(found: dict[str, Any]) -> str:
     """Markdown: a line a case."""
     lines = [
-        "| case | ours, rows/s | tokens/s | MFU | plain Trainer, rows/s | tokens/s | MFU | ratio of a round, median (range) |",
+        "| case | ours, rows/s | tokens/s | MFU | plain Trainer, rows/s | tokens/s | MFU "
+        "| ratio of a round, median (range) |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, value in found["cases"].items():
@@ -328,7 +330,7 @@ def table(found: dict[str, Any]) -> str:
             cells += [
                 f"{rows:.1f}",
                 f"{tokens:.0f}",
-                f"{100 * rows * value['flop_per_row'] / found['peak_flops']:.0f} %",
+                f"{100 * rows * value['flop_per_row'][side] / found['peak_flops']:.0f} %",
             ]
         ratios = [a["rows"] / b["rows"] for a, b in zip(value["ours"], value["peer"], strict=True)]
         cells.append(f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
