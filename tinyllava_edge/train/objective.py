@@ -31,14 +31,18 @@ class Objective(nn.Module):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
         sources: torch.Tensor,
         labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **lengths: Any,
     ) -> dict[str, torch.Tensor]:
         """Loss of a batch from `collate`, with its pictures as pixels or as tower features.
+
+        Args:
+            lengths: FlashAttention's boundaries of packs that stand end to end, in place of a mask.
 
         Returns:
             `loss`: the summed cross-entropy over `num_items_in_batch` (by default this batch's answer tokens).
@@ -50,7 +54,7 @@ class Objective(nn.Module):
         if image_features is None and torch.distributed.is_initialized():
             embeds = embeds + 0.0 * self._unused_connector()
         hidden = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **lengths
         ).last_hidden_state  # (b, n, h)
 
         counted = labels != IGNORED  # Eq. 3's indicator                              (b, a)

@@ -18,6 +18,7 @@ from .parts import PARTS, parse_mode
 
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("bf16", "fp32")
+ATTENTIONS = ("auto", "sdpa", "flash")
 TEMPLATES = ("pretrain", "model")
 
 
@@ -63,6 +64,15 @@ class StageRecipe:
     """single-turn rows on one picture that share its prefix; 1 trains every row by itself"""
     max_length: int = 0
     """positions after which a row is cut, image included; 0 takes the checkpoint's own limit"""
+    pack_length: int = 0
+    """positions of a sequence in which rows of a micro-batch stand end to end, apart; 0: each its own, padded"""
+    group_by_length: bool = True
+    """rows of like length come in the same batch; off: any order, as the paper's stage 1"""
+    attention: str = "auto"
+    """`sdpa`, `flash` (FlashAttention 2: a micro-batch is one sequence without padding) or `auto`, which takes flash
+    where it is installed, on a GPU, in bf16, for rows that share no prefix"""
+    compile: bool = False
+    """compile the language model's layers with torch.compile"""
     precision: str = "bf16"
     """`bf16`: autocast with float32 weights, where the device has instructions for it, else as `fp32`"""
     gradient_checkpointing: bool = False
@@ -296,6 +306,7 @@ def _check(stage: StageRecipe, where: str) -> None:
         ("lr_scheduler", SCHEDULERS),
         ("precision", PRECISIONS),
         ("template", TEMPLATES),
+        ("attention", ATTENTIONS),
     ):
         if getattr(stage, name) not in known:
             raise UsageError(f"{where}: {name} = {getattr(stage, name)!r}", f"known: {', '.join(known)}")
@@ -308,6 +319,7 @@ def _check(stage: StageRecipe, where: str) -> None:
         "save_steps": 1,
         "micro_batch": 0,
         "max_length": 0,
+        "pack_length": 0,
         "seed": 0,
     }
     lowest |= {"weight_decay": 0, "max_grad_norm": 0, "lora_rank": 1}
@@ -324,6 +336,11 @@ def _check(stage: StageRecipe, where: str) -> None:
         raise UsageError(
             f"{where}: lora_alpha = {stage.lora_alpha:g}, lora_dropout = {stage.lora_dropout:g}",
             "alpha above 0, and 0 <= dropout < 1",
+        )
+    if stage.attention == "flash" and stage.max_turns > 1:
+        raise UsageError(
+            f"{where}: attention = 'flash' with max_turns = {stage.max_turns}",
+            "FlashAttention knows no shared prefix: set max_turns = 1, or attention = 'sdpa'",
         )
     if not 0 <= stage.warmup_ratio < 1 or not 0 < stage.adam_beta2 < 1:
         raise UsageError(
