@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 
-from ..errors import DataError
+from ..errors import DataError, StorageError
 from ..files import is_full, new_file, no_space, storage_errors, sweep
 from .tar_members import tar_members
 from .zip_members import Member, zip_members
@@ -54,7 +54,10 @@ def index_of(archive: Path, directory: Path, on_progress: Progress | None = None
     if _is_of(target, str(resolved), state):
         return target
     with storage_errors(target):
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"{directory}: no directory", "name another place for the tables") from error
         sweep(target)
     with new_file(target) as temporary:
         temporary.unlink(missing_ok=True)  # of a killed process with this number
@@ -93,6 +96,10 @@ class Table:
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: damaged ({error})", "delete it; it is built again") from error
         return Member(row[0], row[1], row[2], row[3], row[4], row[5], bool(row[6])) if row else None
+
+    def close(self) -> None:
+        """Give the file back; Python alone would do so much later."""
+        self._db.close()
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -13,6 +13,7 @@ from ..errors import DataError
 MAX_ROW = 16 << 20  # characters of one row
 _CHUNK = 1 << 20  # characters read at a time
 _NEAR = 64  # characters; a fault this near to the end of what was read may only be a value cut in two
+_NUMBER = 4  # characters; fewer behind a value might go on with it: 1 and e+5
 _SPACE = re.compile(r"[ \t\n\r]*")
 _GET_AGAIN = "get the file again; it must be whole"
 
@@ -121,7 +122,7 @@ class _List:
             except (ValueError, RecursionError) as error:  # a whole number of thousands of digits; nesting
                 raise self._fault(str(error)) from error
             else:
-                if end < len(self.text) or self.whole:  # else a number might go on
+                if end + _NUMBER <= len(self.text) or self.whole:
                     if end - self.at > MAX_ROW:
                         raise _too_large(self.path, f"row {self.number}")
                     self.at = end

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
 
-MAX_PATHS = 1_000_000
+MAX_PATHS = 100_000
 _BRACE = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
 _PATTERN = re.compile(r"[*?\[]")
 
@@ -22,17 +23,22 @@ def expand(path: Path, flag: str = "--data") -> tuple[Path, ...]:
     """
     if path.exists() or not (_BRACE.search(str(path)) or _PATTERN.search(str(path))):
         return (path,)
+    if math.prod(_count(brace) for brace in _BRACE.finditer(str(path))) > MAX_PATHS:
+        raise DataError(f"{path}: stands for more than {MAX_PATHS:,} paths", "name fewer")
     found: list[Path] = []
     for text in _braces(str(path)):
         if not _PATTERN.search(text):
             found.append(Path(text))
         else:
             found += [Path(name) for name in sorted(glob.glob(text, recursive=True))]
-        if len(found) > MAX_PATHS:
-            raise DataError(f"{path}: stands for more than {MAX_PATHS:,} paths", "name fewer")
     if not found:
         raise DataError(f"{path}: no such file", f"check the path given to {flag}")
     return tuple(found)
+
+
+def _count(brace: re.Match[str]) -> int:
+    first, last, words = brace.groups()
+    return len(words.split(",")) if words is not None else abs(int(last) - int(first)) + 1
 
 
 def _braces(text: str) -> Iterator[str]:

@@ -131,7 +131,7 @@ def fingerprint_of(member: Member) -> str:
 
 
 class _Opened:
-    """An archive and its table, open in this process; the files close with it."""
+    """An archive and its table, open in this process."""
 
     def __init__(self, archive: Archive) -> None:
         path = archive.path
@@ -143,6 +143,11 @@ class _Opened:
         if (found.st_size, found.st_mtime_ns) != archive.state:
             raise ImageError(f"{path}: changed since this run began", "start again, which reads its table anew")
         self.table = Table(archive.table)
+
+    def close(self) -> None:
+        """Give the files back."""
+        self.file.close()
+        self.table.close()
 
 
 class _Handles(threading.local):
@@ -166,6 +171,7 @@ def _opened(archive: Archive) -> _Opened:
         opened.move_to_end(archive)
         return opened[archive]
     found = opened[archive] = _Opened(archive)
-    if len(opened) > _OPEN:
-        opened.popitem(last=False)
+    while len(opened) > _OPEN:
+        _, oldest = opened.popitem(last=False)
+        oldest.close()
     return found

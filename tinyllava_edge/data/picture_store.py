@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..errors import DataError, ImageError
 from .archive_index import Progress, index_of, state_of
@@ -80,7 +80,7 @@ class PictureStore:
 
     def _find(self, name: str) -> tuple[Source, str] | None:
         """The source that holds a name that was checked, and what it is called there."""
-        plain = str(PurePosixPath(name))
+        plain = "/".join(_parts(name))
         first, slash, rest = plain.partition("/")
         if slash and first.lower().endswith(ARCHIVES):
             for source in self.sources:
@@ -134,10 +134,15 @@ def name_fault(name: str) -> str:
         return f"image {shown!r} is not a path with forward slashes"
     if _SCHEME.match(name):
         return f"image {shown!r} is a URL; nothing is fetched, so give the path of a file"
-    pure = PurePosixPath(name)
-    if not pure.parts or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+    parts = _parts(name)
+    if not parts or name.startswith("/") or ".." in parts or ":" in parts[0]:
         return f"image {shown!r} leaves the image directory"
     return ""
+
+
+def _parts(name: str) -> list[str]:
+    """As PurePosixPath's, in a third of the time."""
+    return [part for part in name.split("/") if part not in ("", ".")]
 
 
 def is_unicode(text: str) -> bool:
