@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError, ImageError
-from .archive_index import Progress, index_of, state_of
+from .archive_index import Progress, index_of, plain_parts, state_of
 from .picture_sources import Archive, Folder, Source
 from .row import NAME_LIMIT
 
@@ -80,7 +80,7 @@ class PictureStore:
 
     def _find(self, name: str) -> tuple[Source, str] | None:
         """The source that holds a name that was checked, and what it is called there."""
-        plain = "/".join(_parts(name))
+        plain = "/".join(plain_parts(name))
         first, slash, rest = plain.partition("/")
         if slash and first.lower().endswith(ARCHIVES):
             for source in self.sources:
@@ -134,15 +134,10 @@ def name_fault(name: str) -> str:
         return f"image {shown!r} is not a path with forward slashes"
     if _SCHEME.match(name):
         return f"image {shown!r} is a URL; nothing is fetched, so give the path of a file"
-    parts = _parts(name)
+    parts = plain_parts(name)
     if not parts or name.startswith("/") or ".." in parts or ":" in parts[0]:
         return f"image {shown!r} leaves the image directory"
     return ""
-
-
-def _parts(name: str) -> list[str]:
-    """As PurePosixPath's, in a third of the time."""
-    return [part for part in name.split("/") if part not in ("", ".")]
 
 
 def is_unicode(text: str) -> bool:

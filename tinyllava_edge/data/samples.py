@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from posixpath import splitext
 from typing import Any
 
 from ..errors import DataError
@@ -51,7 +52,7 @@ class _Sample:
             size: bytes.
             read: gives its bytes.
         """
-        suffix = PurePosixPath(name).suffix.lower()
+        suffix = splitext(name)[1].lower()
         if suffix in PICTURES:
             if picture in self.pictures:
                 self.fault = f"has {name[:NAME_LIMIT]!r} twice"
@@ -180,7 +181,7 @@ def _key(member: Member | str) -> str:
 
 
 def _stem(name: str) -> str:
-    return PurePosixPath(name).stem
+    return splitext(name)[0]
 
 
 def _files(folder: Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
@@ -194,7 +195,7 @@ def _files(folder: Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
             for name in directories
             if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
         )
-        chosen = [n for n in names if not n.startswith(".") and PurePosixPath(n).suffix.lower() in known]
+        chosen = [n for n in names if not n.startswith(".") and splitext(n)[1].lower() in known]
         yield PurePosixPath(Path(root).relative_to(folder)), sorted(chosen, key=lambda name: (_stem(name), name))
 
 
