@@ -189,7 +189,7 @@ def say(text: str) -> None:
 def _test_rows(data: Path | None, images: Path | None, limit: int) -> CalibrationData:
     """Held-out rows with pictures, in even steps: of a file, or easy-VQA's test questions."""
     if data is not None:
-        rows = [row for row in read(data, images or data.parent).rows if row.image is not None]
+        rows = [row for row in read(data, images or data.parent).rows if len(row.images) == 1]
         return CalibrationData(
             tuple(rows[k * len(rows) // min(limit, len(rows))] for k in range(min(limit, len(rows)))),
             images or data.parent,
@@ -198,7 +198,7 @@ def _test_rows(data: Path | None, images: Path | None, limit: int) -> Calibratio
     asked = questions("test")
     picked = [asked[k * len(asked) // limit] for k in range(limit)]
     turns = [(number, Turn(f"<image>\n{question}", answer)) for question, answer, number in picked]
-    found = tuple(Row(f"test-{k}", f"{number}.png", (turn,)) for k, (number, turn) in enumerate(turns))
+    found = tuple(Row(f"test-{k}", (f"{number}.png",), (turn,)) for k, (number, turn) in enumerate(turns))
     return CalibrationData(found, package_data() / "test" / "images", "easy-vqa test")
 
 

@@ -108,7 +108,7 @@ def prompt_of(turns: Sequence[tuple[str, str]], end: str) -> str:
 
 def ours(pair: Both, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     has_image = any(IMAGE_MARKER in question for question, _ in turns)
-    row = Row("r", "a.png" if has_image else None, tuple(Turn(*turn) for turn in turns))
+    row = Row("r", ("a.png",) if has_image else (), tuple(Turn(*turn) for turn in turns))
     encoded = Encoder(pair.fast, TEMPLATES[pair.template], 1, 4096).encode(row)
     slot = pair.fast.convert_tokens_to_ids(IMAGE_MARKER)
     ids = [PICTURE if index == slot else index for index in encoded.ids.tolist()]

@@ -88,7 +88,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        sweep(target)
         if target.exists() and not force:
             raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
@@ -208,7 +208,7 @@ def _sync(root: Path) -> None:
             os.close(descriptor)
 
 
-def _sweep(target: Path) -> None:
+def sweep(target: Path) -> None:
     """Mend what killed runs left beside `target`: temporary names whose process is gone, an old one moved aside."""
     aside = target.parent / f".{target.name}{_ASIDE}"
     if aside.exists():  # killed between the two renames, or just after them

@@ -24,7 +24,7 @@ def tokenizer(tiny_checkpoint: Path) -> Any:
 
 
 def row(*turns: tuple[str, str], image: str | None = "a.png") -> Row:
-    return Row("r", image, tuple(Turn(*turn) for turn in turns))
+    return Row("r", () if image is None else (image,), tuple(Turn(*turn) for turn in turns))
 
 
 def encoder(tokenizer: Any, template: str = "llama", max_length: int = 2048) -> Encoder:

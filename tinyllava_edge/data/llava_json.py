@@ -1,59 +1,30 @@
-"""LLaVA's JSON: a list, or one object a line, of conversations about at most one picture each.
+"""LLaVA's JSON: a list, or one object a line, of conversations about pictures; Hugging Face's `messages` rows too.
 
     {"id": "1", "image": "a/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                       {"from": "gpt", "value": "A cat."}]}
 
-Every row is checked before anything is trained on it. Bad rows are counted and named, never dropped in silence.
+Several pictures are a list, `"image": ["a.jpg", "b.jpg"]` (or `images`), with as many markers in the questions. Every
+row is checked before anything is trained on it. Bad rows are counted and named, never dropped in silence.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import write_text
 from ..prompt import IMAGE_MARKER, Turn
+from .json_rows import json_rows
+from .messages import from_messages
+from .picture_sources import Folder
+from .picture_store import PictureStore, is_unicode
+from .row import BAD_ROWS_FILE, BadRow, Row, RowFault, bad_row, check_bad, shown, write_bad_rows
+
+__all__ = ["BAD_ROWS_FILE", "BadRow", "LlavaData", "Row", "bad_row", "check_bad", "read", "write_bad_rows"]
 
 SPEAKERS = ("human", "gpt")  # in the order in which they take turns
-BAD_ROWS_FILE = "bad_rows.jsonl"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation that passed every check."""
-
-    id: str
-    """the row's `id`, integers written as text"""
-    image: str | None
-    """path relative to the image directory, forward slashes; None for a text-only row"""
-    turns: tuple[Turn, ...]
-    """questions with their answers; `<image>` stands in exactly one question when there is a picture"""
-    tier: str | None = None
-    """optional group that scores are also reported by"""
-    question_type: str | None = None
-    """optional kind of question that scores are also reported by"""
-    file: str = ""
-    """the JSON file it comes from"""
-    number: int = 0
-    """place in the list, or line of the file; the first is 1"""
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """One row that did not pass."""
-
-    file: str
-    """the JSON file"""
-    row: int
-    """place in the list, or line of the file; the first is 1"""
-    id: str
-    """the row's `id` where it has one"""
-    reason: str
-    """what is wrong with it"""
 
 
 @dataclass(frozen=True)
@@ -66,29 +37,29 @@ class LlavaData:
     """bad rows in the order of the files"""
 
 
-def read(path: Path | Sequence[Path], images: Path, *, max_bad: int = 0) -> LlavaData:
-    """Read and check LLaVA JSON.
+def read(path: Path | Sequence[Path], images: Path, *, max_bad: int | float = 0) -> LlavaData:
+    """Read and check LLaVA JSON of a size that memory holds; `sets.rows` streams.
 
     Args:
         path: one file, or several that are read as one.
         images: directory that `image` is relative to. Links below it are followed: data sets are often linked.
-        max_bad: how many bad rows to accept.
+        max_bad: how many bad rows to accept, or as a float the share of them.
 
     Raises:
         DataError: a file is missing or not JSON, no good row is left, or more than `max_bad` rows are bad.
     """
     rows: list[Row] = []
     bad: list[BadRow] = []
-    seen: dict[str, str] = {}  # picture → what is wrong with it, "" when nothing is
     paths = [path] if isinstance(path, Path) else list(path)
+    check = PictureCheck(PictureStore((Folder(images),)))
     for file in paths:
-        for number, value in _values(file):
-            try:
-                rows.append(_row(value, images, seen, str(file), number))
-            except _Bad as error:
-                name = value.get("id", "") if isinstance(value, dict) else ""
-                bad.append(BadRow(str(file), number, str(name)[:200], str(error)))
-    check_bad(bad, max_bad)
+        for number, value in json_rows(file):
+            found = checked_row(value, check, str(file), number)
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                bad.append(found)
+    check_bad(bad, max_bad, len(rows) + len(bad))
     if not rows:
         raise DataError(
             f"{', '.join(map(str, paths))}: no usable row", "give LLaVA JSON with at least one conversation"
@@ -96,125 +67,114 @@ def read(path: Path | Sequence[Path], images: Path, *, max_bad: int = 0) -> Llav
     return LlavaData(tuple(rows), tuple(bad))
 
 
-def check_bad(bad: Sequence[BadRow], max_bad: int) -> None:
-    """Raise DataError that names the first bad row and their count when there are more than `max_bad`."""
-    if len(bad) > max_bad:
-        first = bad[0]
-        raise DataError(
-            f"{first.file}: row {first.row} (id {first.id!r}): {first.reason}; {len(bad)} bad rows, {max_bad} allowed",
-            "mend the rows, or allow some with --max-bad-rows",
-        )
+class PictureCheck:
+    """What is wrong with a picture's name, "" when nothing is; the last answers are remembered."""
+
+    _KEPT = 1 << 16  # names: rows about one picture mostly stand together
+
+    def __init__(self, store: PictureStore) -> None:
+        self.store = store
+        self._known: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        fault = self._known.get(name)
+        if fault is None:
+            if len(self._known) >= self._KEPT:
+                self._known.clear()
+            fault = self._known[name] = self.store.fault(name)
+        return fault
 
 
-def write_bad_rows(path: Path, bad: Sequence[BadRow]) -> None:
-    """Write the bad rows, one JSON object a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=True) + "\n" for row in bad))
+def checked_row(
+    value: Any, check: PictureCheck, file: str, number: int, *, own: Sequence[str] = (), id: str = ""
+) -> Row | BadRow:
+    """The row of a parsed value, LLaVA's or `messages`.
 
-
-def bad_row(row: Row, reason: str) -> BadRow:
-    """A row that passed the checks here and was refused later."""
-    return BadRow(row.file, row.number, row.id[:200], reason)
-
-
-class _Bad(Exception):
-    """Why a row is bad."""
-
-
-def _values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Row numbers and parsed values; the first character tells a list from JSON lines."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file", "check the path given to --data")
+    Args:
+        value: parsed JSON.
+        check: knows which pictures there are.
+        file, number: where the row stands.
+        own: pictures of a sample that the value belongs to; they take the place of names in the value.
+        id: the sample's, for a value without one.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: can't be read as UTF-8 ({error})", "get the file again, or save it as UTF-8"
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path}: empty file", "give LLaVA JSON with at least one conversation")
-    if not text.lstrip().startswith("["):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, _parse(line, f"{path}: line {number}")
-        return
-    yield from enumerate(_parse(text, str(path)), 1)
+        return _row(value, check, file, number, own, id)
+    except RowFault as error:
+        name = value.get("id", id) if isinstance(value, dict) else id
+        return BadRow(file, number, shown(name), str(error))
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: truncated or not valid JSON ({error})", "get the file again; it must be whole"
-        ) from error
-
-
-def _row(value: Any, images: Path, seen: dict[str, str], file: str, number: int) -> Row:
+def _row(value: Any, check: PictureCheck, file: str, number: int, own: Sequence[str], id: str) -> Row:
     if not isinstance(value, dict):
-        raise _Bad(f"is a {type(value).__name__}, not an object")
-    name = value.get("id")
+        raise RowFault(f"is a {type(value).__name__}, not an object")
+    if "messages" in value:
+        value = from_messages(value, own)
+        id = id or str(number)
+    name = id if value.get("id") is None and id else value.get("id")
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise _Bad("`id` is missing or neither text nor a whole number")
-    image = value.get("image")
-    if image is not None:
-        if not isinstance(image, str):
-            raise _Bad("`image` is not text")
-        if image not in seen:
-            seen[image] = _image_fault(image, images)
-        if seen[image]:
-            raise _Bad(seen[image])
-    turns = _turns(value.get("conversations"))
-    markers = sum(turn.question.count(IMAGE_MARKER) for turn in turns)
-    if markers != (image is not None):
-        raise _Bad(f"{markers} {IMAGE_MARKER} marker(s) for {int(image is not None)} picture(s)")
+        raise RowFault("`id` is missing or neither text nor a whole number")
+    images = tuple(own) or _names(value)
+    for image in images:
+        if fault := check(image):
+            raise RowFault(fault)
+    talk = _talk(value.get("conversations"))
+    markers = sum(question.count(IMAGE_MARKER) for question, _ in talk)
+    if markers != len(images):
+        raise RowFault(f"{markers} {IMAGE_MARKER} marker(s) for {len(images)} picture(s)")
     labels: dict[str, str | None] = {}
     for key in ("tier", "question_type"):
         label = value.get(key)
         if label is not None and not isinstance(label, str):
-            raise _Bad(f"`{key}` is not text")
+            raise RowFault(f"`{key}` is not text")
         labels[key] = label
-    return Row(str(name), image, turns, labels["tier"], labels["question_type"], file, number)
+    turns = tuple(_turn(question, answer) for question, answer in talk)
+    return Row(str(name), images, turns, labels["tier"], labels["question_type"], file, number)
 
 
-def _turns(talk: Any) -> tuple[Turn, ...]:
+def _names(value: dict[str, Any]) -> tuple[str, ...]:
+    """The row's pictures: `image` or `images`, one name or a list."""
+    given = [key for key in ("image", "images") if value.get(key) is not None]
+    if len(given) > 1:
+        raise RowFault("has both `image` and `images`")
+    if not given:
+        return ()
+    found = value[given[0]]
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RowFault(f"`{given[0]}` is not text, nor a list of texts")
+    return tuple(names)
+
+
+def _talk(talk: Any) -> list[tuple[str, str]]:
+    """Questions with their answers, markers as they stand."""
     if not isinstance(talk, list) or not talk:
-        raise _Bad("`conversations` is missing, empty or not a list")
+        raise RowFault("`conversations` is missing, empty or not a list")
     if len(talk) % 2:
-        raise _Bad(f"{len(talk)} messages: every human message needs an answer from gpt")
+        raise RowFault(f"{len(talk)} messages: every human message needs an answer from gpt")
     values: list[str] = []
     for k, message in enumerate(talk):
         where = f"message {k + 1}"
         if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise _Bad(f"{where} has no text in `value`")
+            raise RowFault(f"{where} has no text in `value`")
         if message.get("from") != SPEAKERS[k % 2]:
-            raise _Bad(f"{where} is from {message.get('from')!r}, expected {SPEAKERS[k % 2]!r}")
+            raise RowFault(f"{where} is from {shown(message.get('from'))!r}, expected {SPEAKERS[k % 2]!r}")
         text = message["value"]
         if not text.strip():
-            raise _Bad(f"{where} is empty")
-        if not _is_unicode(text):
-            raise _Bad(f"{where} holds half of a surrogate pair, which is not Unicode text")
+            raise RowFault(f"{where} is empty")
+        if not is_unicode(text):
+            raise RowFault(f"{where} holds half of a surrogate pair, which is not Unicode text")
         if k % 2 and IMAGE_MARKER in text:
-            raise _Bad(f"{where} is an answer that holds {IMAGE_MARKER}")
+            raise RowFault(f"{where} is an answer that holds {IMAGE_MARKER}")
         values.append(text)
-    return tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True))
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _image_fault(image: str, images: Path) -> str:
-    pure = PurePosixPath(image)
-    if not image or "\0" in image or "\\" in image or not _is_unicode(image):
-        return f"image {image[:200]!r} is not a path with forward slashes"
-    if not pure.parts or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
-        return f"image {image!r} leaves the image directory"
-    try:
-        found = (images / pure).is_file()
-    except OSError:  # a name longer than the file system takes
-        found = False
-    return "" if found else f"image {image[:200]!r} is not in {images}"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _turn(question: str, answer: str) -> Turn:
+    """Markers move to the front, as `prompt.build` puts them; several become a count, as `run` passes pictures."""
+    markers = question.count(IMAGE_MARKER)
+    if not markers:
+        return Turn(question, answer)
+    text = question.replace(IMAGE_MARKER, "").strip()
+    if markers == 1:
+        return Turn(f"{IMAGE_MARKER}\n{text}" if text else IMAGE_MARKER, answer)
+    return Turn(text, answer, markers)

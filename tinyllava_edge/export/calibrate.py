@@ -69,7 +69,7 @@ def calibration_rows(
         return CalibrationData(_spread(read(path, images).rows, limit), images, path.name)
     asked = questions("train")
     rows = tuple(
-        Row(f"train-{k}", f"{number}.png", (Turn(f"{IMAGE_MARKER}\n{question}", answer),))
+        Row(f"train-{k}", (f"{number}.png",), (Turn(f"{IMAGE_MARKER}\n{question}", answer),))
         for k, (question, answer, number) in enumerate(asked)
     )
     return CalibrationData(_spread(rows, limit), package_data() / "train" / "images", EASY_VQA)
@@ -108,10 +108,10 @@ def collect(
         for done, row in enumerate(data.rows, 1):
             row = without_picture(row) if text_only else row
             ids = torch.from_numpy(encoder.encode(row).ids).long()[None]  # (1, n)
-            features = None if row.image is None else model.tower_features(pixels.pixels(row.image)[None])
+            features = model.tower_features(pixels(row.images)["pixel_values"]) if row.images else None
             model.model.language_model(inputs_embeds=model.embed(ids, features), use_cache=False)
             positions += ids.shape[1]
-            image_positions += 0 if row.image is None else spec.visual_tokens
+            image_positions += spec.visual_tokens * len(row.images)
             if progress:
                 progress(f"importance matrix: conversation {done} of {len(data.rows)}")
     if not positions:
@@ -130,9 +130,8 @@ def collect(
 
 def without_picture(row: Row) -> Row:
     """The same conversation as a text-only row."""
-    return replace(
-        row, image=None, turns=tuple(replace(t, question=take_image_marker(t.question)[0]) for t in row.turns)
-    )
+    turns = tuple(replace(t, question=take_image_marker(t.question)[0], images=0) for t in row.turns)
+    return replace(row, images=(), turns=turns)
 
 
 def gguf_names(model: TinyLlava) -> dict[str, str]:
