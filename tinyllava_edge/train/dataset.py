@@ -124,7 +124,6 @@ def prepare(
     if varlen and stage.max_turns > 1:
         raise UsageError(f"max_turns = {stage.max_turns} with varlen attention", "set max_turns = 1 in the recipe")
     say = say or _stderr
-    source = open_source(data, images)
     spec = checkpoint.spec
     template = get_template(spec.template if stage.template == "model" else stage.template)
     limit = min(stage.max_length or spec.max_length, spec.max_length)
@@ -132,6 +131,7 @@ def prepare(
     temporary = tempfile.mkdtemp(prefix="tinyllava-edge-") if cache is None else None
     try:
         place = Path(temporary) if temporary else Path(cache or "")
+        source = open_source(data, images, place)
         store = token_store(source, encoder, place, say)
         check_bad(store.bad, max_bad)  # before hours of features
         pictures: Pictures = StoredPixels(spec, source, store)

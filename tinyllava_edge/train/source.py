@@ -62,10 +62,10 @@ class Source:
             return "absent"
 
     def order(self, sizes: Sequence[int], seed: int, epoch: int) -> npt.NDArray[np.int64]:
-        """An epoch's order of `sum(sizes)` packs, those of each set standing together before it."""
+        """The packs that an epoch draws from `sizes` packs of each set, numbered set after set, in random order."""
         return np.random.default_rng((seed, epoch)).permutation(sum(sizes))
 
 
-def open_source(data: Path | Sequence[Path], images: Path) -> Source:
-    """The rows and pictures that a stage is given."""
+def open_source(data: Path | Sequence[Path], images: Path, index: Path) -> Source:
+    """The rows and pictures that a stage is given; `index` is a directory for tables of archives."""
     return Source((data,) if isinstance(data, Path) else tuple(data), images)

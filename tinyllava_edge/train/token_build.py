@@ -24,7 +24,7 @@ from .locks import alone
 from .source import Source, picture_names
 from .token_store import ARRAYS, BAD, FORMAT, META, TokenStore, check, fault
 
-CHUNK = 1 << 13  # rows between two writes
+CHUNK = 1 << 11  # rows between two writes
 Say = Callable[[str], None]
 
 
@@ -111,8 +111,8 @@ def _write_errors(root: Path) -> Iterator[None]:
 class _File:
     """One array that grows, and its hash."""
 
-    def __init__(self, path: Path) -> None:
-        self.handle: BinaryIO = path.open("wb", buffering=0)
+    def __init__(self, handle: BinaryIO) -> None:
+        self.handle = handle
         self.digest, self.size = hashlib.sha256(), 0
 
     def add(self, data: bytes) -> None:
@@ -122,16 +122,15 @@ class _File:
         self.digest.update(data)
         self.size += len(data)
 
-    def close(self) -> list[Any]:
-        self.handle.close()
+    def facts(self) -> list[Any]:
         return [self.size, self.digest.hexdigest()]
 
 
 class _Writer:
     """Buffers rows and writes them in chunks."""
 
-    def __init__(self, root: Path) -> None:
-        self.files = {name: _File(root / name) for name in (*ARRAYS, BAD)}
+    def __init__(self, handles: Mapping[str, BinaryIO]) -> None:
+        self.files = {name: _File(handle) for name, handle in handles.items()}
         self.ids: list[Any] = []
         self.marks: list[Any] = []
         self.rows: list[tuple[int, ...]] = []
@@ -149,7 +148,7 @@ class _Writer:
         """Encode a row and keep it. Raises DataError when it can't be trained on."""
         found = encoder.compact(row)
         extra = found.images * (encoder.visual_tokens - 1)
-        name = row.id.encode()
+        name = row.id.encode("utf-8", "surrogatepass")  # JSON can hold half of a pair
         self.id_end += len(found.ids)
         self.image_end += found.images
         self.name_end += len(name)
@@ -198,7 +197,7 @@ class _Writer:
         for buffer in (self.ids, self.marks, self.rows, self.row_ids, self.names, self.hashes, self.ends):
             buffer.clear()
 
-    def close(self) -> tuple[int, dict[str, list[Any]]]:
+    def finish(self) -> tuple[int, dict[str, list[Any]]]:
         """Write the rest: the last marks, and the pictures in the order in which they come."""
         self.flush()
         self.files["marks.bin"].add(np.packbits(self.bits).tobytes())
@@ -209,7 +208,7 @@ class _Writer:
         self.files["images.bin"].add(numbers.astype("<i4").tobytes())
         table = np.column_stack([starts[first], ends[first], found[first, 3]])
         self.files["pictures.bin"].add(table.astype("<i8").tobytes())
-        return len(first), {name: file.close() for name, file in self.files.items()}
+        return len(first), {name: file.facts() for name, file in self.files.items()}
 
 
 def _numbered(high: Any, low: Any) -> tuple[Any, Any]:
@@ -226,21 +225,23 @@ def _numbered(high: Any, low: Any) -> tuple[Any, Any]:
 
 
 def _write(source: Source, encoder: Encoder, facts: Mapping[str, Any], root: Path) -> None:
-    writer = _Writer(root)
     refused, bad, from_source = hashlib.sha256(), 0, 0
-    for of, row in source.rows():
-        if isinstance(row, BadRow):
-            refused.update(_line(row))
-            from_source += 1
-        else:
-            try:
-                writer.add(of, row, encoder)
-                continue
-            except DataError as error:
-                row = bad_row(row, error.message)
-        writer.files[BAD].add(_line(row))
-        bad += 1
-    pictures, files = writer.close()
+    with contextlib.ExitStack() as stack:
+        opened = {name: stack.enter_context((root / name).open("wb", buffering=0)) for name in (*ARRAYS, BAD)}
+        writer = _Writer(opened)
+        for of, row in source.rows():
+            if isinstance(row, BadRow):
+                refused.update(_line(row))
+                from_source += 1
+            else:
+                try:
+                    writer.add(of, row, encoder)
+                    continue
+                except DataError as error:
+                    row = bad_row(row, error.message)
+            writer.files[BAD].add(_line(row))
+            bad += 1
+        pictures, files = writer.finish()
     meta = {
         **facts,
         "image_id": encoder.image_id,

@@ -88,7 +88,7 @@ class TokenStore:
 
     def row_id(self, row: int) -> str:
         """The row's own name."""
-        return bytes(self._row_ids[self._span(row, 2)]).decode()
+        return bytes(self._row_ids[self._span(row, 2)]).decode("utf-8", "surrogatepass")
 
     @property
     def pictures(self) -> int:
