@@ -1,11 +1,11 @@
-"""Conversations → token ids with answer marks → batches, where turns about one picture share its prefix.
+"""Rows → packs → batches: turns about one picture share its prefix, and packs may stand end to end in a sequence.
 
-A row becomes ids and, by construction, the indicator of Eq. 3: a position counts when it holds answer text or the mark
-that ends an answer. A pack is one or more single-turn rows about one picture: the prefix (beginning of sequence, system
-text, image) stands once, each turn sees the prefix and itself only, and its positions restart after the prefix. So the
-loss of a pack is the sum of its rows' losses, while the picture and the system text are computed once.
+A pack is one row, or several single-turn rows about one picture: the prefix (beginning of sequence, system text, image)
+stands once, each turn sees the prefix and itself only, and its positions restart after the prefix. So the loss of a
+pack is the sum of its rows' losses, while the picture and the system text are computed once. With `pack_length` a
+sequence holds several packs; each sees itself only and its positions restart, so losses and gradients stay as they are.
 
-Legend: b packs, n positions, a answer tokens of the fullest pack.
+Legend: p packs, b sequences, n positions, a answer tokens of the fullest sequence.
 """
 
 from __future__ import annotations
@@ -19,24 +19,15 @@ import numpy.typing as npt
 import torch
 
 from ..data.llava_json import Row
-from ..errors import CheckpointError, DataError
-from ..prompt import IMAGE_MARKER, EndOfTurn, Image, Section, Template, build, sections
-from ..tokenizer_sections import SectionTokenizer
+from ..errors import UsageError
+from .encode import Encoded, Encoder
+from .source import picture_names
+
+__all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack"]
 
 IGNORED = -100  # the label that no loss counts
 Ids = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One row as ids."""
-
-    ids: Ids
-    """(n,), image slots included"""
-    is_answer: npt.NDArray[np.bool_]
-    """(n,), Eq. 3's indicator: answer text and its end mark"""
-    shared: int
-    """positions at the front, through the last image slot, that rows on the same picture have in common; 0 for none"""
+Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,133 +35,130 @@ class Pack:
     """Rows that are trained as one sequence."""
 
     rows: tuple[Encoded, ...]
-    """one row, or several that share their first `shared` ids"""
-    image: str | None
-    """their picture"""
+    """one row, or several that share their first `shared` ids; none fills a gap at the end of an epoch"""
+    images: tuple[int, ...] = ()
+    """their pictures, as places in the data set's list, in the order of the slots"""
 
     @property
     def length(self) -> int:
         """Positions of the sequence."""
-        shared = self.rows[0].shared
+        shared = self.rows[0].shared if len(self.rows) > 1 else 0
         return shared + sum(len(row.ids) - shared for row in self.rows)
 
 
-class Encoder:
-    """Tokenises rows for one template; text that users typed never becomes a special token."""
-
-    def __init__(self, tokenizer: Any, template: Template, visual_tokens: int, max_length: int) -> None:
-        if not tokenizer.is_fast:
-            raise CheckpointError("the tokenizer gives no offsets", "save it as tokenizer.json with a fast tokenizer")
-        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
-        self.image_slots = [_special(tokenizer, IMAGE_MARKER)] * visual_tokens
-        self.end = [_special(tokenizer, template.end_of_turn)] if template.end_of_turn else []
-        bos = tokenizer.bos_token_id
-        self.start = [bos] if bos is not None and tokenizer("").input_ids[:1] == [bos] else []
-        self._sections = SectionTokenizer(tokenizer)
-        self._known: dict[tuple[str, bool], tuple[list[int], list[int]]] = {}  # repeated sections → ids, ends
-
-    def encode(self, row: Row) -> Encoded:
-        """Ids and answer marks of a row, cut at `max_length` on the right as upstream does.
-
-        Raises:
-            DataError: no answer token is left within `max_length`, or stage 1 meets a row without a picture.
-        """
-        if self.template.caption_only and row.image is None:
-            raise DataError("a caption row without a picture", "stage 1 trains on captions; give image-caption rows")
-        ids, marks, shared = list(self.start), [False] * len(self.start), 0
-        for part in sections(build(row.turns, self.template)):
-            if isinstance(part, Image):
-                ids += self.image_slots
-                marks += [False] * len(self.image_slots)
-                shared = len(ids) if len(row.turns) == 1 else 0
-            elif isinstance(part, EndOfTurn):
-                ids += self.end
-                marks += [part.is_answer]
-            else:
-                part_ids, part_marks = self._text(part)
-                ids += part_ids
-                marks += part_marks
-        if len(ids) > self.max_length:
-            ids, marks = ids[: self.max_length], marks[: self.max_length]
-        if not any(marks) or shared > self.max_length:
-            raise DataError(f"no answer token within {self.max_length} positions", "shorten the row")
-        return Encoded(np.array(ids, np.int32), np.array(marks, np.bool_), shared)
-
-    def _text(self, section: Section) -> tuple[list[int], list[bool]]:
-        """Tokenise a section as a whole, then mark each token by the text that its last character comes from."""
-        ids, ends = self._tokenise(section)
-        texts = section.texts
-        marks: list[bool] = []
-        limit, k = len(texts[0].text), 0
-        for end in ends:
-            while end > limit and k + 1 < len(texts):
-                k += 1
-                limit += len(texts[k].text)
-            marks.append(texts[k].is_answer)
-        return ids, marks
-
-    def _tokenise(self, section: Section) -> tuple[list[int], list[int]]:
-        """Ids, and for each token the place behind its last character."""
-        key = section.text, section.starts
-        if key not in self._known:
-            if len(self._known) > 4096:
-                self._known.clear()
-            self._known[key] = self._sections.encode(*key)
-        return self._known[key]
+EMPTY = Pack(())
 
 
-def _special(tokenizer: Any, text: str) -> int:
-    token = tokenizer.convert_tokens_to_ids(text)
-    if token is None or (token == tokenizer.unk_token_id and text != tokenizer.unk_token):
-        raise CheckpointError(f"the tokenizer has no {text!r} token", "the template does not fit the language model")
-    return int(token)
+def group(pictures: Places, max_turns: int) -> tuple[Places, Places]:
+    """Put single-turn rows about one picture together, up to `max_turns` a pack in packs of even size.
+
+    Args:
+        pictures: (rows,) the picture whose prefix a row can share, or -1 for a row that stays alone.
+
+    Returns:
+        Row numbers, pack after pack in the order of their first rows; and (p,) the end of each pack in them.
+    """
+    count = len(pictures)
+    numbers = np.arange(count)
+    if max_turns <= 1 or not count:
+        return numbers, numbers + 1
+    first = np.arange(count)  # the first row of each row's pack
+    able = np.flatnonzero(pictures >= 0)
+    able = able[np.argsort(pictures[able], kind="stable")]  # picture by picture, rows in order
+    if len(able):
+        starts = np.flatnonzero(np.diff(pictures[able], prepend=-1))
+        sizes = np.diff(starts, append=len(able))
+        packs = -(-sizes // max_turns)
+        place = np.arange(len(able)) - np.repeat(starts, sizes)
+        first[able] = able[np.repeat(starts, sizes) + place % np.repeat(packs, sizes)]
+    rows = np.argsort(first, kind="stable")
+    return rows, np.flatnonzero(np.diff(first[rows], append=-1)) + 1
 
 
 def pack(rows: Sequence[tuple[Row, Encoded]], max_turns: int) -> list[Pack]:
-    """Group single-turn rows by picture, up to `max_turns` a pack in packs of even size; other rows stay alone."""
-    together: dict[str, list[Encoded]] = {}
-    packs: list[Pack] = []
-    for row, encoded in rows:
-        if row.image is not None and encoded.shared and max_turns > 1:
-            together.setdefault(row.image, []).append(encoded)
+    """Packs of rows that are in memory, as `group` makes them; pictures are numbered as they come."""
+    numbers: dict[str, int] = {}
+    images = [
+        tuple(numbers.setdefault(name, len(numbers)) for name in picture_names(row)[: encoded.images])
+        for row, encoded in rows
+    ]
+    able = [found[0] if encoded.shared else -1 for found, (_, encoded) in zip(images, rows, strict=True)]
+    order, ends = group(np.array(able, np.int64), max_turns)
+    return [Pack(tuple(rows[k][1] for k in part), images[part[0]]) for part in np.split(order, ends[:-1]) if len(part)]
+
+
+def arrange(packs: Sequence[Pack], pack_length: int) -> list[list[Pack]]:
+    """Which packs stand in which sequence: best-fit decreasing, so that few positions are padding.
+
+    Args:
+        pack_length: the most positions of a sequence; a longer pack stands alone, and 0 leaves every pack alone.
+    """
+    packs = [item for item in packs if item.rows]
+    if not pack_length:
+        return [[item] for item in packs]
+    sequences: list[list[Pack]] = []
+    left: list[int] = []
+    for item in sorted(packs, key=lambda item: -item.length):
+        length = item.length
+        fitting = [k for k, space in enumerate(left) if space >= length]
+        if fitting:
+            best = min(fitting, key=lambda k: left[k])
+            sequences[best].append(item)
+            left[best] -= length
         else:
-            packs.append(Pack((encoded,), row.image))
-    for image, turns in together.items():
-        count = -(-len(turns) // max_turns)
-        packs += [Pack(tuple(turns[k::count]), image) for k in range(count)]
-    return packs
+            sequences.append([item])
+            left.append(pack_length - length)
+    return sequences
 
 
-def collate(packs: Sequence[Pack], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of some packs.
+def collate(packs: Sequence[Pack], pad_id: int, *, pack_length: int = 0, varlen: bool = False) -> dict[str, Any]:
+    """Tensors of some packs. Pictures belong in the order of `arrange`.
+
+    Args:
+        pack_length: as `arrange`.
+        varlen: one sequence of all packs for FlashAttention instead, without a mask; no pack may share a prefix.
 
     Returns:
-        input_ids (b, n); position_ids (b, n); attention_mask, bool, (b, n) for ordinary causal rows or (b, 1, n, n)
-        when a pack holds several turns; labels (b, a): the answer tokens, then -100; sources (b, a): the position
-        whose hidden state predicts each label.
+        input_ids (b, n), padded on the right; position_ids (b, n); attention_mask, bool, (b, n) for ordinary causal
+        rows or (b, 1, n, n) where a sequence holds several turns or packs; labels (b, a): the answer tokens, then -100;
+        sources (b, a): the position whose hidden state predicts each label. With `varlen`, instead of the mask:
+        cu_seq_lens_q and cu_seq_lens_k, int32 (p + 1,), and max_length_q and max_length_k, whole numbers, by the names
+        of transformers' FlashAttentionKwargs.
+
+    Raises:
+        UsageError: `varlen`, and a pack shares a prefix.
     """
-    laid = [_lay_out(item) for item in packs]
+    sequences = [[item for item in packs if item.rows]] if varlen else arrange(packs, pack_length)
+    laid = [_join([_lay_out(item) for item in sequence]) for sequence in sequences if sequence] or [_nothing(pad_id)]
     n = max(len(item.ids) for item in laid)
-    a = max(len(item.sources) for item in laid)
-    ids = np.full((len(packs), n), pad_id, np.int64)
-    positions = np.zeros((len(packs), n), np.int64)
-    turns = np.full((len(packs), n), -1, np.int64)
-    sources = np.zeros((len(packs), a), np.int64)
-    labels = np.full((len(packs), a), IGNORED, np.int64)
+    a = max(1, *(len(item.sources) for item in laid))
+    ids = np.full((len(laid), n), pad_id, np.int64)
+    positions = np.zeros((len(laid), n), np.int64)
+    turns = np.full((len(laid), n), -1, np.int64)
+    numbers = np.zeros((len(laid), n), np.int64)
+    sources = np.zeros((len(laid), a), np.int64)
+    labels = np.full((len(laid), a), IGNORED, np.int64)
     for k, item in enumerate(laid):
         ids[k, : len(item.ids)] = item.ids
         positions[k, : len(item.ids)] = item.positions
         turns[k, : len(item.ids)] = item.turns
+        numbers[k, : len(item.ids)] = item.packs
         sources[k, : len(item.sources)] = item.sources
         labels[k, : len(item.sources)] = item.labels
-    shares = any(len(item.rows) > 1 for item in packs)
-    return {
+    batch: dict[str, Any] = {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.from_numpy(positions),
-        "attention_mask": _block_mask(torch.from_numpy(turns)) if shares else torch.from_numpy(turns >= 0),
         "sources": torch.from_numpy(sources),
         "labels": torch.from_numpy(labels),
     }
+    if varlen:
+        if turns.any():
+            raise UsageError("varlen attention can't share a prefix between turns", "set max_turns = 1 in the recipe")
+        return batch | _boundaries(numbers[0])
+    several = turns.max() > 0 or numbers.any()
+    turns_, numbers_ = torch.from_numpy(turns), torch.from_numpy(numbers)
+    batch["attention_mask"] = _block_mask(turns_, numbers_) if several else turns_ >= 0
+    return batch
 
 
 @dataclass(frozen=True)
@@ -178,8 +166,15 @@ class _Sequence:
     ids: Ids
     positions: Ids
     turns: Ids  # 0 for the prefix and for lone rows, then 1, 2 … for the turns
+    packs: Ids  # number of the pack within the sequence
     sources: Ids
     labels: Ids
+
+
+def _nothing(pad_id: int) -> _Sequence:
+    """One position and no answer, for a micro-batch that holds gaps only."""
+    zero, none = np.zeros(1, np.int32), np.zeros(0, np.int32)
+    return _Sequence(np.array([pad_id], np.int32), zero, zero, zero, none, none)
 
 
 def _lay_out(item: Pack) -> _Sequence:
@@ -197,14 +192,40 @@ def _lay_out(item: Pack) -> _Sequence:
         sources.append(np.where(answers == 0, shared, offset + answers) - 1)  # a turn's first token follows the prefix
         labels.append(row.ids[shared + answers])
         offset += own
-    joined = (np.concatenate(part).astype(np.int32) for part in (ids, positions, turns, sources, labels))
-    return _Sequence(*joined)
+    joined = [np.concatenate(part).astype(np.int32) for part in (ids, positions, turns, sources, labels)]
+    return _Sequence(joined[0], joined[1], joined[2], np.zeros(offset, np.int32), joined[3], joined[4])
 
 
-def _block_mask(turns: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: (b, n) → bool (b, 1, n, n). Causal, within a turn or towards the prefix; padding sees itself."""
+def _join(parts: Sequence[_Sequence]) -> _Sequence:
+    """Packs end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.ids) for part in parts[:-1])])
+    return _Sequence(
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.turns for part in parts]),
+        np.concatenate([part.packs + k for k, part in enumerate(parts)]),
+        np.concatenate([part.sources + start for part, start in zip(parts, starts, strict=True)]),
+        np.concatenate([part.labels for part in parts]),
+    )
+
+
+def _boundaries(numbers: Places) -> dict[str, Any]:
+    """FlashAttention's arguments for packs that stand end to end; `numbers` (n,) rises by one from pack to pack."""
+    lengths = np.bincount(numbers)
+    ends = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": longest, "max_length_k": longest}
+
+
+def _block_mask(turns: torch.Tensor, packs: torch.Tensor) -> torch.Tensor:
+    """Who sees whom: (b, n) twice → bool (b, 1, n, n).
+
+    Causal, within a pack, and there within a turn or towards the prefix; padding sees itself.
+    """
     n = turns.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     query, key = turns.unsqueeze(2), turns.unsqueeze(1)  # (b, n, 1), (b, 1, n)
-    seen = causal & (key >= 0) & ((key == 0) | (key == query))
+    seen = causal & (key >= 0) & ((key == 0) | (key == query)) & (packs.unsqueeze(2) == packs.unsqueeze(1))
     return (seen | torch.eye(n, dtype=torch.bool)).unsqueeze(1)

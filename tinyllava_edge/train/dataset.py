@@ -1,53 +1,90 @@
-"""A stage's data, ready for Trainer: packs, their order, and batches with pictures."""
+"""A stage's data, ready for Trainer: packs, their order, and batches with pictures.
+
+Rows are tokenised once and kept on the disk (token_store), features of a frozen tower too (feature_store). Both stay in
+a cache directory, are used again while nothing changed, and may be shared by any number of runs.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..checkpoint import Checkpoint
-from ..data.llava_json import BadRow, Row, bad_row, check_bad, read
-from ..errors import DataError
-from ..files import sha256_file
+from ..data.llava_json import BadRow, check_bad
+from ..errors import DataError, UsageError
 from ..prompt import get_template
-from .collate import Encoded, Encoder, Pack, collate, pack
-from .pictures import CACHE_BYTES, Pictures, Pixels, cache_features, cache_size
+from .collate import Pack, arrange, collate
+from .encode import Encoder
+from .feature_fill import stored_features
+from .pictures import CACHE_BYTES, Pictures, StoredPixels
 from .recipes import StageRecipe
+from .sampler import PackSampler
+from .source import Source, open_source
+from .token_build import token_store
+from .token_store import BadRows, Packs, TokenStore
 
-GROUP = 16  # batches that are sorted by length together, so that little padding is computed
+__all__ = ["PackSampler", "StageData", "prepare", "processes"]
 
 
 @dataclass(frozen=True)
 class StageData(Dataset[Pack]):
     """Everything a stage is trained on."""
 
-    packs: Sequence[Pack]
+    packs: Packs
     """what a batch is made of"""
     pictures: Pictures
-    """picture names → tensors"""
+    """picture numbers → tensors"""
     pad_id: int
     """id in the padding"""
+    source: Source
+    """where rows and pictures come from"""
     bad: Sequence[BadRow] = field(default=())
-    """rows that were left out"""
+    """rows that were left out, read from the disk"""
     sha256: str = ""
-    """hash of the JSON files, and of the names and sizes of the pictures"""
+    """hash of the data files, and of the names and fingerprints of the pictures"""
+    pack_length: int = 0
+    """positions of a sequence that packs stand in end to end; 0 gives each pack its own"""
+    varlen: bool = False
+    """whether a batch is one sequence for FlashAttention, without a mask"""
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Pack:
-        return self.packs[index]
+        """A pack; the empty one for the index behind the last, which PackSampler fills gaps with."""
+        return self.packs.or_gap(index)
 
-    def batch(self, packs: Sequence[Pack]) -> dict[str, torch.Tensor]:
+    @property
+    def rows(self) -> int:
+        """Conversations."""
+        return self.packs.kept
+
+    def batch(self, packs: Sequence[Pack]) -> dict[str, Any]:
         """Tensors of some packs: those of `collate`, and `pixel_values` or `image_features` of their pictures."""
-        names = [item.image for item in packs if item.image is not None]
-        return {**collate(packs, self.pad_id), **(self.pictures(names) if names else {})}
+        length = 0 if self.varlen else self.pack_length
+        pictures = [number for part in arrange(packs, length) for item in part for number in item.images]
+        tensors = collate(packs, self.pad_id, pack_length=length, varlen=self.varlen)
+        return {**tensors, **(self.pictures(pictures) if pictures else {})}
+
+    def sampler(self, batch: int, seed: int, *, group: bool = True) -> PackSampler:
+        """Every epoch's order in batches of `batch` packs over all processes."""
+        sizes = self.packs.sizes
+
+        def order(epoch: int) -> Any:
+            return self.source.order(sizes, seed, epoch)
+
+        return PackSampler(self.packs.lengths, batch, seed, order=order, group=group)
 
 
 def prepare(
@@ -59,75 +96,105 @@ def prepare(
     max_bad: int = 0,
     cache_bytes: int = CACHE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
+    cache: Path | None = None,
+    pack_length: int = 0,
+    varlen: bool = False,
+    feature_dtype: str = "float32",
+    say: Callable[[str], None] | None = None,
 ) -> StageData:
-    """Read, check, tokenise and pack a stage's data; cache tower features when the tower is frozen and they fit.
+    """Read, check, tokenise and pack a stage's data; keep tower features when the tower is frozen and they fit.
+
+    Every process of a run may call it at once: one writes the tokens while the others wait, and each computes its share
+    of the features.
+
+    Args:
+        cache: where tokens and features are kept; by default a temporary directory, removed with the data.
+        cache_bytes: the most that features in `cache` may take; beyond it pictures are decoded for each batch.
+        pack_length: positions of a sequence that packs stand in end to end; 0 gives each pack its own.
+        varlen: batches for FlashAttention, one sequence without a mask.
+        feature_dtype: `float32`, `bfloat16` or `float16`, in which features are kept.
+        say: takes one line for people; by default it goes to stderr.
 
     Raises:
         DataError: unusable files, or more than `max_bad` bad rows (unreadable pictures included).
         CheckpointError: the tokenizer lacks the template's end-of-turn token.
+        UsageError: `varlen` with packs that share a prefix.
+        StorageError: the disk is full.
     """
-    paths = [data] if isinstance(data, Path) else list(data)
-    found = read(paths, images, max_bad=max_bad)
-    bad = list(found.bad)
+    if varlen and stage.max_turns > 1:
+        raise UsageError(f"max_turns = {stage.max_turns} with varlen attention", "set max_turns = 1 in the recipe")
+    say = say or _stderr
     spec = checkpoint.spec
     template = get_template(spec.template if stage.template == "model" else stage.template)
     limit = min(stage.max_length or spec.max_length, spec.max_length)
     encoder = Encoder(checkpoint.tokenizer, template, spec.visual_tokens, limit)
-    encoded: list[tuple[Row, Encoded]] = []
-    for row in found.rows:
-        try:
-            encoded.append((row, encoder.encode(row)))
-        except DataError as error:
-            bad.append(bad_row(row, error.message))
-    pictures: Pictures = Pixels(spec, images)
-    names = sorted({row.image for row, _ in encoded if row.image is not None})
-    if stage.tower == "frozen" and cache_size(checkpoint.model, spec, len(names)) <= cache_bytes:
-        pictures, faults = cache_features(checkpoint.model, Pixels(spec, images), names, on_progress)
-        bad += [bad_row(row, faults[row.image]) for row, _ in encoded if row.image in faults]
-        encoded = [(row, ids) for row, ids in encoded if row.image not in faults]
-    check_bad(bad, max_bad)
-    if not encoded:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: no usable row", "give LLaVA JSON with at least one conversation"
-        )
-    image_id = int(checkpoint.model.config.image_token_id)
-    return StageData(
-        pack(encoded, stage.max_turns), pictures, int(image_id == 0), tuple(bad), _hash(paths, images, names)
-    )
+    temporary = tempfile.mkdtemp(prefix="tinyllava-edge-") if cache is None else None
+    try:
+        place = Path(temporary) if temporary else Path(cache or "")
+        source = open_source(data, images, place)
+        store = token_store(source, encoder, place, say)
+        check_bad(store.bad, max_bad)  # before hours of features
+        pictures: Pictures = StoredPixels(spec, source, store)
+        keep: Any = None
+        faults: tuple[BadRow, ...] = ()
+        if _tower_is_frozen(stage):
+            found, unreadable = stored_features(
+                checkpoint.model,
+                spec,
+                StoredPixels(spec, source, store),
+                place,
+                cache_bytes=cache_bytes,
+                dtype=feature_dtype,
+                share=processes(),
+                on_progress=on_progress,
+                say=say,
+            )
+            if found is not None:
+                pictures = found
+                keep, faults = _without(store, unreadable)
+        bad = BadRows(store.bad.path, store.bad.stored, faults)
+        check_bad(bad, max_bad)
+        packs = Packs(store, stage.max_turns, keep)
+        if not len(packs):
+            raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
+        image_id = int(checkpoint.model.config.image_token_id)
+        sha256 = hashlib.sha256(f"{store.meta['data']}\n{store.meta['pictures_sha256']}".encode()).hexdigest()
+        ready = StageData(packs, pictures, int(image_id == 0), source, bad, sha256, pack_length, varlen)
+        if temporary:
+            weakref.finalize(ready, _remove, temporary, os.getpid())
+            temporary = None
+        return ready
+    finally:
+        if temporary:
+            _remove(temporary, os.getpid())
 
 
-def _hash(paths: Sequence[Path], images: Path, names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{sha256_file(path)}\n".encode())
-    for name in names:
-        digest.update(f"{name}\0{(images / name).stat().st_size}\n".encode())
-    return digest.hexdigest()
+def processes() -> tuple[int, int]:
+    """Number of this process and of all in the run, as torchrun and accelerate set them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class PackSampler(Sampler[int]):
-    """A new order every epoch, given by the seed alone; packs of like length come in the same batch."""
+def _tower_is_frozen(stage: StageRecipe) -> bool:
+    return stage.tower == "frozen"
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
-        self.lengths, self.size, self.seed, self.epoch = np.asarray(lengths), batch, seed, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order `__iter__` gives."""
-        self.epoch = epoch
+def _without(store: TokenStore, faults: dict[int, str]) -> tuple[Any, tuple[BadRow, ...]]:
+    """Which rows are left when some pictures can't be decoded, and the others as bad rows."""
+    if not faults:
+        return None, ()
+    keep = np.ones(len(store), np.bool_)
+    bad = []
+    for row, picture in store.rows_with(list(faults)):
+        keep[row] = False
+        bad.append(store.bad_row(row, faults[picture]))
+    return keep, tuple(bad)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(len(self.lengths))
-        window = self.size * GROUP
-        sorted_windows = [
-            part[np.argsort(-self.lengths[part], kind="stable")]
-            for part in (order[start : start + window] for start in range(0, len(order), window))
-        ]
-        joined = np.concatenate(sorted_windows)
-        full = len(joined) // self.size
-        batches = joined[: full * self.size].reshape(full, self.size)
-        yield from (int(k) for k in batches[rng.permutation(full)].reshape(-1))
-        yield from (int(k) for k in joined[full * self.size :])  # the short last batch stays last
+def _remove(directory: str, owner: int) -> None:
+    """Unless this is a forked worker: the directory is its parent's."""
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pictures of a data set as tensors: decoded for each batch, or once as tower features when the tower is frozen."""
+"""Pictures of a data set as tensors: decoded for each batch, or kept tower features when the tower is frozen."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import numpy as np
 import torch
 
 from ..checkpoint import image_processor
-from ..errors import ImageError
 from ..image import load_image, pad_to_square
-from ..model import TinyLlava
 from ..spec import ModelSpec
+from .source import Source
+from .token_store import TokenStore
 
 CACHE_BYTES = 2 << 30  # features beyond this are computed for each batch instead of kept
-CACHE_BATCH = 64  # pictures per forward pass of the tower
 
 
 class Pixels:
-    """Decodes pictures on demand."""
+    """Pictures as the checkpoint's own image processor makes them."""
 
     def __init__(self, spec: ModelSpec, images: Path) -> None:
         self.spec, self.images = spec, images
@@ -30,63 +29,41 @@ class Pixels:
         return {"pixel_values": torch.stack([self.pixels(name) for name in names])}
 
     def pixels(self, name: str) -> torch.Tensor:
-        """One picture, float32 (3, s, s), as the checkpoint's own image processor makes it."""
-        picture = load_image(self.images / name)
+        """One picture of the folder, float32 (3, s, s)."""
+        return self.decode(self.images / name)
+
+    def decode(self, picture: Path | bytes, name: str | None = None) -> torch.Tensor:
+        """A file or its bytes, float32 (3, s, s); `name` is what messages call it."""
+        found = load_image(picture, name)
         if self.spec.image_policy == "pad":
-            picture = pad_to_square(picture, self.spec.pad_color)
-        values = self.processor(images=picture, input_data_format="channels_last", return_tensors="np")["pixel_values"]
+            found = pad_to_square(found, self.spec.pad_color)
+        values = self.processor(images=found, input_data_format="channels_last", return_tensors="np")["pixel_values"]
         return torch.from_numpy(np.asarray(values[0], np.float32))
 
 
-class Features:
-    """Tower features of every picture, kept in memory."""
+class StoredPixels:
+    """Decodes a data set's pictures, by their numbers, for each batch."""
 
-    def __init__(self, features: torch.Tensor, names: Sequence[str]) -> None:
-        self.features = features  # (pictures, p, v)
-        self.place = {name: k for k, name in enumerate(names)}
+    def __init__(self, spec: ModelSpec, source: Source, store: TokenStore) -> None:
+        self.source, self.store = source, store
+        self.pixels = Pixels(spec, Path())
 
-    def __call__(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`image_features` (i, p, v)."""
-        return {"image_features": self.features[[self.place[name] for name in names]]}
+    def __call__(self, pictures: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (i, 3, s, s). Raises ImageError that names a picture which can't be decoded."""
+        return {"pixel_values": torch.stack([self.one(number) for number in pictures])}
+
+    def read(self, number: int) -> bytes:
+        """A picture's file. Raises ImageError that names it."""
+        return self.source.picture(*self.store.picture(number))
+
+    def one(self, number: int, data: bytes | None = None) -> torch.Tensor:
+        """One picture, float32 (3, s, s), from its file or from bytes that were read already."""
+        data = self.read(number) if data is None else data
+        return self.pixels.decode(data, self.name(number))
+
+    def name(self, number: int) -> str:
+        """What messages call a picture."""
+        return self.source.picture_path(*self.store.picture(number))
 
 
-Pictures = Callable[[Sequence[str]], dict[str, torch.Tensor]]
-
-
-def cache_size(model: TinyLlava, spec: ModelSpec, count: int) -> int:
-    """Bytes that the features of `count` pictures take."""
-    return count * spec.feature_tokens * int(model.config.vision_config.hidden_size) * 4
-
-
-def cache_features(
-    model: TinyLlava, pixels: Pixels, names: Sequence[str], on_progress: Callable[[int, int], None] | None = None
-) -> tuple[Features, dict[str, str]]:
-    """Run the frozen tower once over all pictures.
-
-    Args:
-        on_progress: called with the pictures done and their number.
-
-    Returns:
-        The features, float32, and for each picture that can't be decoded the reason.
-    """
-    device = next(model.model.vision_tower.parameters()).device
-    kept: list[str] = []
-    parts: list[torch.Tensor] = []
-    faults: dict[str, str] = {}
-    tower_mode = model.model.vision_tower.training
-    model.model.vision_tower.eval()
-    for start in range(0, len(names), CACHE_BATCH):
-        decoded: list[torch.Tensor] = []
-        for name in names[start : start + CACHE_BATCH]:
-            try:
-                decoded.append(pixels.pixels(name))
-                kept.append(name)
-            except ImageError as error:
-                faults[name] = error.message
-        if decoded:
-            with torch.no_grad():
-                parts.append(model.tower_features(torch.stack(decoded).to(device)).float().cpu())
-        if on_progress is not None:
-            on_progress(min(start + CACHE_BATCH, len(names)), len(names))
-    model.model.vision_tower.train(tower_mode)
-    return Features(torch.cat(parts) if parts else torch.zeros(0), kept), faults
+Pictures = Callable[[Sequence[int]], dict[str, torch.Tensor]]

@@ -12,7 +12,9 @@ import numpy as np
 from ..data.llava_json import Row, read
 from ..errors import DataError
 from ..prompt import EndOfTurn, Image, Template, build, sections
-from .collate import Encoded, Encoder, pack
+from .collate import pack
+from .encode import Encoded, Encoder
+from .source import picture_names
 
 CHARACTERS = 4.0  # per token, where there is no tokenizer: an assumption for English, and it is printed as one
 SAMPLE = 20_000  # rows that are tokenised; of a larger set evenly spaced pictures with all their rows
@@ -52,14 +54,15 @@ class CharacterEncoder:
 
     def encode(self, row: Row) -> Encoded:
         """Lengths as `Encoder.encode` would give them. Raises DataError as it does."""
-        if self.template.caption_only and row.image is None:
-            raise DataError("a caption row without a picture", "stage 1 trains on captions; give image-caption rows")
+        wanted = len(picture_names(row))
+        if self.template.caption_only and wanted != 1:
+            raise DataError(f"a caption row with {wanted} pictures", "stage 1 trains on captions; give one picture")
         marks: list[bool] = [False]
         shared = 0
         for part in sections(build(row.turns, self.template)):
             if isinstance(part, Image):
                 marks += [False] * self.visual_tokens
-                shared = len(marks) if len(row.turns) == 1 else 0
+                shared = len(marks) if len(row.turns) == 1 == wanted else 0
             elif isinstance(part, EndOfTurn):
                 marks.append(part.is_answer)
             else:
@@ -68,7 +71,7 @@ class CharacterEncoder:
         marks = marks[: self.max_length]
         if not any(marks):
             raise DataError(f"no answer token within {self.max_length} positions", "shorten the row")
-        return Encoded(np.zeros(len(marks), np.int32), np.array(marks, np.bool_), shared)
+        return Encoded(np.zeros(len(marks), np.int32), np.array(marks, np.bool_), shared, wanted)
 
 
 def measure(
@@ -94,7 +97,7 @@ def measure(
     rows = read(data, images, max_bad=max_bad).rows
     by_picture: dict[str, list[Row]] = {}
     for number, row in enumerate(rows):
-        by_picture.setdefault(f"\0{number}" if row.image is None else row.image, []).append(row)
+        by_picture.setdefault("\n".join(picture_names(row)) or f"\0{number}", []).append(row)
     step = max(1, round(len(rows) / SAMPLE))
     chosen = [row for group in list(by_picture.values())[::step] for row in group]
     encoder = (
@@ -113,8 +116,8 @@ def measure(
     return Lengths(
         rows=round(len(encoded) * scale),
         packs=round(len(packs) * scale),
-        pictures=sum(not name.startswith("\0") for name in by_picture),
-        with_picture=sum(item.image is not None for item in packs) / len(packs),
+        pictures=len({name for row in rows for name in picture_names(row)}),
+        with_picture=sum(bool(item.images) for item in packs) / len(packs),
         positions=sum(item.length for item in packs) / len(packs),
         longest=max(item.length for item in packs),
         answers=sum(answers) / len(packs),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint
@@ -47,17 +48,18 @@ def score(
     *,
     max_turns: int = 16,
     cache_bytes: int = CACHE_BYTES,
+    cache: Path | None = None,
 ) -> Score:
-    """Score the checkpoint's model in float32 on LLaVA JSON. Raises DataError as `train` does."""
+    """Score the checkpoint's model in float32 on LLaVA JSON; `cache` as `prepare`. Raises DataError as `train` does."""
     packed = replace(stage, max_turns=max_turns)
-    prepared = prepare(checkpoint, packed, data, images, cache_bytes=cache_bytes)
+    prepared = prepare(checkpoint, packed, data, images, cache_bytes=cache_bytes, cache=cache)
     was_training = checkpoint.model.training
     objective = Objective(checkpoint.model).eval()
-    order = sorted(prepared.packs, key=lambda item: -item.length)
+    order = np.argsort(-prepared.packs.lengths, kind="stable").tolist()
     rows = exact = tokens = 0
     total = 0.0
     for begin in range(0, len(order), BATCH):
-        part = order[begin : begin + BATCH]
+        part = [prepared.packs[k] for k in order[begin : begin + BATCH]]
         loss, hits, labels = _forward(objective, prepared, part)
         total += loss
         tokens += int((labels != IGNORED).sum())
