@@ -23,20 +23,14 @@ from .errors import CheckpointError
 from .files import new_directory, write_json
 from .llava_config import MODEL_TYPE, TinyLlavaConfig
 from .prompt import IMAGE_MARKER
-from .spec import ModelSpec
+from .spec import FILTERS, ModelSpec
 from .tensor_names import CONNECTOR, HEAD, TOWER, in_memory, stand_alone
+from .towers import TOWERS
 from .weights import INDEX, SINGLE, TensorInfo, Weights, open_weights
 
 if TYPE_CHECKING:
     from .model import TinyLlava
 
-PROCESSORS = {
-    "siglip": "SiglipImageProcessorPil",
-    "siglip2": "SiglipImageProcessorPil",
-    "clip": "CLIPImageProcessorPil",
-    "dinov2": "BitImageProcessorPil",
-}
-FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 # Largest values that are believed; a hostile file could ask for any amount of memory.
 SIZES = {
     "hidden_size": 1 << 16,
@@ -144,7 +138,7 @@ def load_config(root: Path) -> LlavaConfig:
 
 def check_sizes(path: Path, value: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a size that is no integer or beyond any real model, before memory is asked for it."""
-    for part in ("text_config", "vision_config"):
+    for part in ("text_config", "vision_config", "first", "second"):
         inner = value.get(part)
         if isinstance(inner, Mapping):
             check_sizes(path, inner)
@@ -346,7 +340,7 @@ def image_processor(spec: ModelSpec) -> Any:
 
     settings = processor_config(spec)
     del settings["image_processor_type"]
-    return getattr(transformers, PROCESSORS[spec.vision_family])(**settings)
+    return getattr(transformers, TOWERS[spec.vision_family].processor)(**settings)
 
 
 def processor_config(spec: ModelSpec) -> dict[str, Any]:
@@ -354,7 +348,7 @@ def processor_config(spec: ModelSpec) -> dict[str, Any]:
     side = spec.image_size
     crop = spec.image_policy == "crop"
     return {
-        "image_processor_type": PROCESSORS[spec.vision_family].removesuffix("Pil"),
+        "image_processor_type": TOWERS[spec.vision_family].processor.removesuffix("Pil"),
         "do_resize": True,
         "size": {"shortest_edge": spec.crop_resize or side} if crop else {"height": side, "width": side},
         "resample": FILTERS[spec.resample],

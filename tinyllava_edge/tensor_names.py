@@ -7,6 +7,8 @@ Four nestings exist: before 4.52 (`language_model.model.*`, `vision_tower.vision
 
 from __future__ import annotations
 
+from .towers import TOWERS
+
 TEXT = "model.language_model."
 HEAD = "lm_head."
 TOWER = "model.vision_tower."
@@ -27,7 +29,6 @@ _PREFIXES = (
     ("model.multi_modal_projector.", CONNECTOR),
     ("multi_modal_projector.", CONNECTOR),
 )
-_NESTED_TOWERS = ("clip", "siglip")
 
 
 def in_memory(name: str) -> str | None:
@@ -40,7 +41,7 @@ def in_memory(name: str) -> str | None:
 
 def on_disk(name: str, vision_family: str) -> str:
     """Name in the files that we write: the nesting since 4.52, which transformers 4.52 to 5, vLLM and we read alike."""
-    if name.startswith(TOWER) and vision_family in _NESTED_TOWERS:
+    if name.startswith(TOWER) and TOWERS[vision_family].nested:
         return f"{TOWER}vision_model.{name.removeprefix(TOWER)}"
     return name
 

@@ -12,6 +12,7 @@ from ..checkpoint import check_sizes, line
 from ..checkpoint_spec import read_json
 from ..errors import CheckpointError
 from ..spec import VISION_BACKBONES
+from ..towers import CONTAINERS, FAMILIES
 from .layouts import Source
 
 # Default template by language model. Whether a Qwen2 was trained with the base or the instruct format can't be told
@@ -24,14 +25,6 @@ TEMPLATES = {
     "qwen2": "qwen2_base",
     "qwen3": "qwen2_instruct",
 }
-FAMILIES = {
-    "clip_vision_model": "clip",
-    "siglip_vision_model": "siglip",
-    "siglip2_vision_model": "siglip2",
-    "dinov2": "dinov2",
-}
-# Whole two-tower configurations, which hold the picture tower's own.
-CONTAINERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 KNOWN_TOWERS = {
     **{VISION_BACKBONES[abbr].hub_id: VISION_BACKBONES[abbr].config for abbr in ("C", "Sig")},
     **{f"bczhou/TinyLLaVA-{size}-SigLIP": VISION_BACKBONES["Sig"].config for size in ("3.1B", "2.0B", "1.5B")},

@@ -12,12 +12,13 @@ from .. import checkpoint as checkpoints
 from ..checkpoint_spec import SPEC_FILE, load_spec, read_json
 from ..errors import CheckpointError, StorageError, UsageError
 from ..files import new_directory, write_json
+from ..image_numbers import PREPROCESSOR, find_processor
 from ..model import build_model
 from ..prompt import get_template
 from ..spec import ModelSpec
 from ..tensor_names import on_disk
 from .configs import text_config, vision_config
-from .describe import PREPROCESSOR, describe, find_processor
+from .describe import describe
 from .gemma import scale_pictures
 from .layouts import open_source
 from .record import FILE, fingerprint, is_unchanged, write_record

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..tensor_names import TOWER
+from ..towers import find_tower
 from .layouts import BUFFERS, Source, tower_name
 from .lazy import Lazy, Tensors, lazy
 from .pickled import has_weights, open_any
@@ -43,7 +44,7 @@ def dead_parts(tensors: Tensors, vision: Mapping[str, Any]) -> tuple[Tensors, di
     if headless and kind in ("siglip_vision_model", "siglip2_vision_model"):
         tower["vision_use_head"] = False
         notes.append("tower without its pooling head, which nothing reads")
-    norm = {"dinov2": "layernorm"}.get(kind, "post_layernorm")
+    norm = find_tower(kind).last_norm
     absent = [part for part in ("weight", "bias") if f"{TOWER}{norm}.{part}" not in tensors]
     if len(absent) == 2:
         sample = next(tensor for name, tensor in tensors.items() if name.startswith(TOWER))

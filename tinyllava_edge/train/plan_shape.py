@@ -6,6 +6,7 @@ from torch import nn
 
 from ..model import TinyLlava
 from ..spec import ModelSpec
+from ..towers import TOWERS
 from .memory_plan import Counts, Shape, Stack
 from .plan_data import Lengths
 from .recipes import StageRecipe
@@ -35,7 +36,7 @@ def model_shape(model: TinyLlava, spec: ModelSpec) -> Shape:
         llm_trained=head.requires_grad,
         vocabulary=head.shape[0],
         image_size=spec.image_size,
-        patches=spec.patches + (spec.vision_family in ("clip", "dinov2")),
+        patches=spec.patches + TOWERS[spec.vision_family].class_token,
         visual_tokens=spec.visual_tokens,
     )
 
