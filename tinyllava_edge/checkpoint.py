@@ -24,7 +24,7 @@ from .files import new_directory, write_json
 from .llava_config import MODEL_TYPE, TinyLlavaConfig
 from .prompt import IMAGE_MARKER
 from .spec import FILTERS, ModelSpec
-from .tensor_names import CONNECTOR, HEAD, TOWER, in_memory, stand_alone
+from .tensor_names import CONNECTOR, HEAD, TOWER, halves, in_memory, stand_alone
 from .towers import TOWERS
 from .weights import INDEX, SINGLE, TensorInfo, Weights, open_weights
 
@@ -179,16 +179,28 @@ def load_vision(root: Path) -> tuple[TinyLlava, ModelSpec]:
     with building(root), no_init_weights():
         model.model.vision_tower = build_tower(config.vision_config)
     weights = open_weights(root)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in weights.infos:
         ours = in_memory(name)
         if ours is None:
             raise CheckpointError(f"{root}: tensor {name} belongs to no part of the model", "import the model again")
         if ours.startswith((TOWER, CONNECTOR)):
-            tensors[ours] = weights.get(name).float()
+            tensors |= _in_parts(ours, weights.get(name).float())
     check_tensors(root, {name: tuple(t.shape) for name, t in tensors.items()}, shapes(model))
     model.load_state_dict(tensors, assign=True, strict=False)
     return model.eval().requires_grad_(False), spec
+
+
+def _in_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """In-memory name → tensor of one tensor of a file: two where the file joins what the model keeps apart."""
+    pair = halves(name)
+    if pair is None or tensor.shape[0] % 2:
+        return {name: tensor}
+    return dict(zip(pair, tensor.chunk(2), strict=True))
+
+
+def _half(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0] // 2, *shape[1:]) if shape else shape
 
 
 @dataclass(frozen=True)
@@ -231,7 +243,11 @@ def llm_source(root: Path) -> LlmSource:
     with building(root), torch.device("meta"):
         model = TinyLlava(config)
     ours = {name: in_memory(name) or name for name in weights.infos}
-    check_tensors(root, {ours[name]: info.shape for name, info in weights.infos.items()}, shapes(model))
+    found: dict[str, tuple[int, ...]] = {}
+    for name, info in weights.infos.items():
+        pair = halves(ours[name])
+        found |= {ours[name]: info.shape} if pair is None else dict.fromkeys(pair, _half(info.shape))
+    check_tensors(root, found, shapes(model))
     tied = bool(config.tie_word_embeddings)
     names = {
         alone: name
@@ -371,10 +387,13 @@ def add_image_token(model: TinyLlava, tokenizer: Any) -> None:
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
     old = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > old:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    needed = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    if needed > old:
+        model.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
         with torch.no_grad():
-            model.get_input_embeddings().weight[old:].zero_()
-            model.get_output_embeddings().weight[old:].zero_()
+            head = model.get_output_embeddings()
+            for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+                if tensor is not None:
+                    tensor[old:].zero_()
     model.config.image_token_index = image_token_id
     model.config.image_token_id = image_token_id

@@ -66,13 +66,14 @@ class TinyLlava(LlavaForConditionalGeneration):
             self.model.vision_tower = build_tower(tower)
         if has_head_bias(config.text_config):
             self.lm_head = nn.Linear(text, config.text_config.vocab_size, bias=True)
-        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self._embedding_name()}.weight"}
         self.post_init()
 
-    def _embedding_name(self) -> str:
-        """Where the language model keeps its token embedding: `embed_tokens`, `wte`, `embed_in` …"""
-        embedding = self.model.language_model.get_input_embeddings()
-        return next(name for name, module in self.model.language_model.named_modules() if module is embedding)
+    def post_init(self) -> None:
+        """As the base class, once it knows where the language model keeps its embedding: `embed_tokens`, `wte` …"""
+        text = self.model.language_model
+        name = next(name for name, module in text.named_modules() if module is text.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        super().post_init()
 
     def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Selected tower features V of Eq. 1, before the connector: (b, 3, s, s) → (b, p, v)."""

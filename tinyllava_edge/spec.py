@@ -216,8 +216,7 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         )
     if spec.vision_family == "mof" and spec.select_strategy != "full":
         raise CheckpointError(
-            f"{where}: select_strategy={spec.select_strategy!r} of a mixture, whose towers lose their class tokens anyway",
-            "a mixture keeps every token: full",
+            f"{where}: select_strategy={spec.select_strategy!r} of a mixture, which has no class tokens", "say full"
         )
     for name, known in (
         ("image_policy", POLICIES),
@@ -423,8 +422,18 @@ def variant(name: str) -> Variant:
     return known[name]
 
 
-def model_spec(name: str) -> ModelSpec:
-    """The spec of a variant trained by us (`native`): every patch kept, CLIP's class token dropped."""
+# Longest sequence of a recipe's models, as Factory's scripts train them. Phi-2 and TinyLlama have 2,048 positions of
+# their own: rotary ones, which go on.
+MAX_LENGTHS = {"base": 2048, "share": 3072}
+
+
+def model_spec(name: str, max_length: int = 0) -> ModelSpec:
+    """The spec of a variant trained by us (`native`): every patch kept, a class token dropped.
+
+    Args:
+        name: of the variant.
+        max_length: longest sequence, picture included; 0 takes the recipe's (MAX_LENGTHS).
+    """
     chosen = variant(name)
     vision, llm = VISION_BACKBONES[chosen.vision], LLM_BACKBONES[chosen.llm]
     return ModelSpec(
@@ -443,6 +452,6 @@ def model_spec(name: str) -> ModelSpec:
         embedding_dim=int(llm.config["hidden_size"]),
         connector="mlp2x_gelu",
         template=llm.template,
-        max_length=2048,
+        max_length=max_length or MAX_LENGTHS[chosen.recipe],
         compat="native",
     )

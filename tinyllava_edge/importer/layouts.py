@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoint_spec import SPEC_FILE, read_json
 from ..connectors import CONNECTORS
 from ..errors import CheckpointError
-from ..tensor_names import CONNECTOR, HEAD, TEXT, TOWER, in_memory
+from ..tensor_names import CONNECTOR, HEAD, TEXT, TOWER, in_memory, modern
 from . import lora
 from .lazy import Tensors, lazy
 from .pickled import has_weights, open_any
@@ -190,7 +190,7 @@ def legacy_name(name: str, connector: str) -> str | None:
 
 def tower_name(name: str) -> str:
     """In-memory name of a tensor in a tower's own files."""
-    return TOWER + name.removeprefix("vision_model.")
+    return TOWER + modern(name.removeprefix("vision_model."))
 
 
 def connector_name(name: str, connector: str) -> str | None:

@@ -17,7 +17,9 @@ class PlainDinov2WithRegisters(Dinov2WithRegistersModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """(b, 3, s, s) → the class's output; `hidden_states` holds (b, 1 + p, v)."""
         out = super().forward(pixel_values, **kwargs)
-        count = int(self.config.num_register_tokens)
-        if out.hidden_states is not None:
-            out.hidden_states = tuple(torch.cat((h[:, :1], h[:, 1 + count :]), dim=1) for h in out.hidden_states)
+        skipped = 1 + int(self.config.num_register_tokens)
+        if out.hidden_states is not None:  # of states that nobody asked for there is None
+            out.hidden_states = tuple(
+                None if h is None else torch.cat((h[:, :1], h[:, skipped:]), dim=1) for h in out.hidden_states
+            )
         return out

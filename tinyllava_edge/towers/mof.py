@@ -43,11 +43,14 @@ class MixtureOfFeatures(PreTrainedModel):
         Raises:
             CheckpointError: the towers cut the picture into different numbers of patches.
         """
-        kwargs = {**kwargs, "output_hidden_states": True, "return_dict": True}
+        kwargs = {"output_hidden_states": True, **kwargs, "return_dict": True}
         first, second = (tower(pixel_values, **kwargs).hidden_states for tower in (self.first, self.second))
         a, b = self.skipped
-        hidden = tuple(interleave(x[:, a:], y[:, b:]) for x, y in zip(first, second, strict=True))
-        return BaseModelOutputWithPooling(last_hidden_state=hidden[-1], hidden_states=hidden)
+        hidden = tuple(  # of states that nobody asked for there is None
+            None if x is None or y is None else interleave(x[:, a:], y[:, b:])
+            for x, y in zip(first, second, strict=True)
+        )
+        return BaseModelOutputWithPooling(hidden_states=hidden)
 
 
 def class_tokens(config: Any) -> int:

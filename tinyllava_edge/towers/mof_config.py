@@ -32,9 +32,14 @@ class MofConfig(PreTrainedConfig):
     """the other tower, tokens 1, 3, 5 …"""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("first", "second"):
+            part = getattr(self, name)
+            if part is None:  # transformers builds one of defaults, to leave them out of what it writes
+                continue
+            kind = part.get("model_type") if isinstance(part, dict) else getattr(part, "model_type", None)
+            if kind == MOF_TYPE or not find_tower(kind).model_class:
+                raise CheckpointError(f"mixture of towers: {name} is a mixture itself", "name two plain towers")
         super().__post_init__(**kwargs)
-        for part in (self.first, self.second):
-            find_tower(part.model_type)
         for key in SAME:
             sizes = [getattr(part, key) for part in (self.first, self.second)]
             if sizes[0] != sizes[1]:
