@@ -144,7 +144,7 @@ def build_config(
     vision = tower_config(given)
     vision = AutoConfig.for_model(**given) if vision is given else vision
     own = needs_own_type(spec.connector, vision.model_type, text)
-    if spec.vision_family == "siglip2":
+    if getattr(vision, "image_size", None) is None:
         vision.image_size = spec.image_size  # NaFlex configurations know no size
     config = (TinyLlavaConfig if own else LlavaConfig)(
         vision_config=vision,

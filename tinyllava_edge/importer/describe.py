@@ -45,8 +45,9 @@ def describe(
         UsageError: unknown template.
     """
     where = source.root / "config.json"
-    family = FAMILIES[vision["model_type"]]
-    numbers = image_numbers(processor, vision, family)
+    family, mixture = FAMILIES[vision["model_type"]], vision
+    vision = vision.get("first", vision)  # pictures and sizes of a mixture are its first tower's
+    numbers = image_numbers(processor, vision, FAMILIES[vision["model_type"]])
     policy, strategy = _policy(source, where, numbers), _strategy(source, where, family)
     if policy == "pad" and numbers["crop_resize"]:
         raise CheckpointError(f"{where}: pictures are padded and then cut", "no policy of the device files does that")
@@ -73,7 +74,7 @@ def describe(
         **{**numbers, "image_policy": policy, "crop_resize": numbers["crop_resize"] if policy == "crop" else 0},
     )
     spec = ModelSpec.from_dict(spec.to_dict(), str(where))
-    return spec, {**vision, "num_hidden_layers": depth}
+    return spec, dict(mixture) if family == "mof" else {**vision, "num_hidden_layers": depth}
 
 
 def _policy(source: Source, where: Path, numbers: Mapping[str, Any]) -> str:
@@ -100,7 +101,10 @@ def _strategy(source: Source, where: Path, family: str) -> str:
     selected = str(source.config.get(key, "patch"))
     if selected not in _STRATEGIES:
         raise CheckpointError(f"{where}: {key} {str(selected)[:40]!r}", f"known: {', '.join(_STRATEGIES)}")
-    return "full" if legacy and family in ("siglip", "siglip2") else _STRATEGIES[selected]
+    if family == "mof" and selected != "patch":
+        raise CheckpointError(f"{where}: {key} {selected!r} of a mixture of two towers", "known: patch")
+    whole = family == "mof" or (legacy and not TOWERS[family].class_token)
+    return "full" if whole else _STRATEGIES[selected]
 
 
 def _layer(source: Source, where: Path, vision: Mapping[str, Any]) -> tuple[int, int]:

@@ -48,8 +48,12 @@ class Tower:
     """whether files put `vision_model.` in front of the tower's names"""
     stock: bool = True
     """whether stock Llava computes the same from the configuration"""
+    fixed_positions: bool = True
+    """whether pictures must have the one size that the position table is made for; else it is resized to them"""
+    pooling_head: bool = False
+    """whether files may hold a pooling head behind the last layer, which `vision_use_head` switches off"""
     size_in_config: bool = True
-    """whether a checkpoint's configuration must name the picture's size; else positions are resized to the picture"""
+    """whether a checkpoint's configuration names the size of its pictures, and not of another position table"""
     crop_size: int = 0
     """side in pixels that pictures are cut to where nobody says: 0 takes the configuration's `image_size`"""
     crop_resize: int = 0
@@ -98,6 +102,7 @@ TOWERS: dict[str, Tower] = {
         "warp",
         "bicubic",
         container="siglip",
+        pooling_head=True,
         nested=True,
     ),
     "siglip2": Tower(  # NaFlex
@@ -109,6 +114,8 @@ TOWERS: dict[str, Tower] = {
         "warp",
         "bilinear",
         container="siglip2",
+        fixed_positions=False,
+        pooling_head=True,
         stock=False,
         build=_square_siglip2,
     ),
@@ -122,6 +129,7 @@ TOWERS: dict[str, Tower] = {
         "bicubic",
         class_token=True,
         last_norm="layernorm",
+        fixed_positions=False,
         size_in_config=False,
         crop_size=224,
         crop_resize=256,
@@ -137,6 +145,7 @@ TOWERS: dict[str, Tower] = {
         class_token=True,
         last_norm="layernorm",
         stock=False,
+        fixed_positions=False,
         size_in_config=False,
         crop_size=224,
         crop_resize=256,
@@ -152,6 +161,7 @@ TOWERS: dict[str, Tower] = {
         "bicubic",
         tokens_per_patch=2,
         stock=False,
+        fixed_positions=False,
         size_in_config=False,
         build=_mixture,
     ),

@@ -16,8 +16,8 @@ from ..prompt import get_template
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, model_spec
 from ..spec import variant as find_variant
 from ..tokenizer_files import complete_special_tokens, fast_tokenizer
-from ..towers import FAMILIES, MOF_TYPE, find_tower
-from .compose import FIXED, TowerParts, is_rotary, read_llm, read_towers
+from ..towers import MOF_TYPE, find_tower
+from .compose import TowerParts, is_rotary, read_llm, read_towers
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -129,7 +129,7 @@ def _check(spec: ModelSpec, towers: TowerParts, text: Any, text_dir: Path) -> No
         (text_dir, "model_type", text.model_type, spec.llm_family),
         (text_dir, "hidden_size", text.hidden_size, spec.embedding_dim),
     ]
-    if FAMILIES[first.model_type] in FIXED:
+    if find_tower(first.model_type).fixed_positions:
         wanted.insert(1, (tower_dir, "image_size", first.image_size, spec.image_size))
     for path, key, found, expected in wanted:
         if found != expected:

@@ -18,7 +18,6 @@ from ..tokenizer_files import fast_tokenizer
 from ..towers import CONTAINERS, FAMILIES, TOWERS, find_tower
 
 MAX_LENGTH = 3072  # positions of a new model, where its language model has as many: what the share recipe trains with
-FIXED = ("clip", "siglip")  # towers whose positions are for one size of picture
 _HUGGING_FACE = "give a Hugging Face model directory"
 
 # model_type → templates that upstream trains it with, and their kin: the words are the same in all, the token that
@@ -185,7 +184,7 @@ def _numbers(tower: TowerParts, image_size: int, image_policy: str) -> dict[str,
     fixed = [
         (path, part.image_size)
         for path, part in zip(tower.directories, tower.configs, strict=True)
-        if FAMILIES[part.model_type] in FIXED
+        if find_tower(part.model_type).fixed_positions
     ]
     if image_size:
         numbers |= {"image_size": integer(directory, "image size", image_size), "crop_resize": 0}
