@@ -26,14 +26,14 @@ def built(name: str, features: int | None = None, **options: int) -> nn.Module:
 
 def test_the_table() -> None:
     """Exact names; each turns (b, p, v) into (b, t, h)."""
-    names = ["identity", "linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu", "resampler"]
+    names = ["identity", "linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu", "mof_mlp", "resampler"]
     assert list(connectors.CONNECTORS) == names
     for name in names:
         width = 256 if name == "identity" else 192
         with torch.no_grad():
-            embeds = built(name)(torch.randn(2, 9, width))
-        tokens = 128 if name == "resampler" else 9
-        assert embeds.shape == (2, tokens, 256) and connectors.connector_tokens(name, 9) == tokens
+            embeds = built(name)(torch.randn(2, 10, width))
+        tokens = 128 if name == "resampler" else 10
+        assert embeds.shape == (2, tokens, 256) and connectors.connector_tokens(name, 10) == tokens
     assert list(connectors.COUNTED) == ["pixelshuffle", "ldpv2", "avgpool", "qformer"]
     for stem in connectors.COUNTED:
         options = {"num_layers": 2, "hidden_size": 64, "num_heads": 2} if stem == "qformer" else {}
@@ -61,6 +61,21 @@ def test_mlps(depth: int) -> None:
             if i < depth - 1:
                 wanted = wanted * 0.5 * (1 + torch.erf(wanted / math.sqrt(2)))
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_mof_mlp() -> None:
+    """Even tokens through one MLP, odd ones through the other, in float64; an odd number of tokens is refused."""
+    connector = built("mof_mlp")
+    x, state = torch.randn(2, 6, 192), {key: tensor.double() for key, tensor in connector.state_dict().items()}
+    wanted = torch.empty(2, 6, 256, dtype=torch.float64)
+    for start, part in enumerate(("first", "second")):
+        hidden = x[:, start::2].double() @ state[f"{part}.linear_1.weight"].T + state[f"{part}.linear_1.bias"]
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        wanted[:, start::2] = hidden @ state[f"{part}.linear_2.weight"].T + state[f"{part}.linear_2.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(connector(x).double(), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(CheckpointError, match="63 tower tokens are no pairs"):
+        connector(torch.randn(1, 63, 192))
 
 
 def resampler_by_hand(state: dict[str, torch.Tensor], x: torch.Tensor, depth: int) -> torch.Tensor:

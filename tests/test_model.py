@@ -22,6 +22,7 @@ from tinyllava_edge.model import (
     needs_own_type,
     tower_layer,
 )
+from tinyllava_edge.towers import MOF_TYPE
 
 TEXT = {**spec.LLM_BACKBONES["Nano"].config, "num_hidden_layers": 1}
 SIGLIP = {**spec.VISION_BACKBONES["NanoSig"].config, "num_hidden_layers": 3}
@@ -43,6 +44,8 @@ DINOV2 = {
     "image_size": 48,  # positions of 6 x 6 patches, interpolated to the picture's 8 x 8
     "mlp_ratio": 3,
 }
+CLIP = {**spec.VISION_BACKBONES["NanoC"].config, "num_hidden_layers": 3}
+MOF = {"model_type": MOF_TYPE, "first": CLIP, "second": DINOV2}
 BASE = spec.model_spec("TinyLLaVA-base-NanoSig-Nano")
 OPTIONS = {
     "resampler": {"num_queries": 5, "num_layers": 1},
@@ -131,6 +134,12 @@ OWN = {
         {"vision_family": "dinov2", "select_strategy": "default", "connector": "ldpv2-16", "visual_tokens": 16},
     ),
     "phi": (SIGLIP, {**spec.LLM_BACKBONES["Phi"].config, "hidden_size": 256, "num_hidden_layers": 1}, {}),
+    "mof_mlp": (MOF, None, {"vision_family": "mof", "connector": "mof_mlp", "visual_tokens": 128}),
+    "registers": (
+        {**DINOV2, "model_type": "dinov2_with_registers", "num_register_tokens": 3},
+        None,
+        {"vision_family": "dinov2_registers", "select_strategy": "default"},
+    ),
 }
 
 
@@ -189,6 +198,28 @@ def test_a_name_that_contradicts_its_spec(tmp_path: Path) -> None:
         built(DINOV2, vision_family="dinov2", connector="avgpool-16", visual_tokens=16)
 
 
+def test_a_mixture_interleaves_its_towers() -> None:
+    """Token 2k is patch k of CLIP's hidden_states[-2], token 2k + 1 that of DINOv2's; no class token of either."""
+    from transformers import AutoConfig, AutoModel
+
+    model = built(MOF, vision_family="mof", connector="mof_mlp", visual_tokens=128)
+    with torch.no_grad():
+        got = model.tower_features(pixels())
+        for start, (part, config) in enumerate((("first", CLIP), ("second", DINOV2))):
+            own = AutoModel.from_config(AutoConfig.for_model(**config)).eval()
+            own.load_state_dict(getattr(model.model.vision_tower, part).state_dict())
+            wanted = own(pixels(), output_hidden_states=True).hidden_states[-2][:, 1:]
+            torch.testing.assert_close(got[:, start::2], wanted, rtol=0, atol=1e-5)
+        embeds = torch.stack(list(model.get_image_features(pixels()).pooler_output))  # transformers' own way
+        torch.testing.assert_close(embeds, model.model.multi_modal_projector(got), rtol=0, atol=1e-5)
+    with pytest.raises(CheckpointError, match="connector 'mof_mlp' with a siglip tower"):
+        built(SIGLIP, connector="mof_mlp")
+    with pytest.raises(CheckpointError, match="hidden_size 192 and 96"):
+        built({**MOF, "second": {**DINOV2, "hidden_size": 96}}, vision_family="mof", visual_tokens=128)
+    with pytest.raises(CheckpointError, match="second is a mixture itself"):
+        built({**MOF, "second": MOF}, vision_family="mof", visual_tokens=128)
+
+
 def test_needs_own_type() -> None:
     from transformers import AutoConfig
 
@@ -203,7 +234,15 @@ def test_needs_own_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "family"), [(SIGLIP, "siglip"), (SIGLIP2, "siglip2"), (DINOV2, "dinov2")], ids=lambda x: str(x)[:8]
+    ("tower", "family"),
+    [
+        (SIGLIP, "siglip"),
+        (SIGLIP2, "siglip2"),
+        (DINOV2, "dinov2"),
+        (OWN["registers"][0], "dinov2_registers"),
+        (MOF, "mof"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_dead_parameters_have_no_gradient(tower: dict[str, Any], family: str) -> None:
     """is_dead says exactly what autograd says of each tower parameter, for two feature layers."""

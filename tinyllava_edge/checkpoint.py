@@ -23,20 +23,14 @@ from .errors import CheckpointError
 from .files import new_directory, write_json
 from .llava_config import MODEL_TYPE, TinyLlavaConfig
 from .prompt import IMAGE_MARKER
-from .spec import ModelSpec
-from .tensor_names import CONNECTOR, HEAD, TOWER, in_memory, stand_alone
+from .spec import FILTERS, ModelSpec
+from .tensor_names import CONNECTOR, HEAD, TOWER, halves, in_memory, stand_alone
+from .towers import TOWERS
 from .weights import INDEX, SINGLE, TensorInfo, Weights, open_weights
 
 if TYPE_CHECKING:
     from .model import TinyLlava
 
-PROCESSORS = {
-    "siglip": "SiglipImageProcessorPil",
-    "siglip2": "SiglipImageProcessorPil",
-    "clip": "CLIPImageProcessorPil",
-    "dinov2": "BitImageProcessorPil",
-}
-FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 # Largest values that are believed; a hostile file could ask for any amount of memory.
 SIZES = {
     "hidden_size": 1 << 16,
@@ -144,7 +138,7 @@ def load_config(root: Path) -> LlavaConfig:
 
 def check_sizes(path: Path, value: Mapping[str, Any]) -> None:
     """Raises CheckpointError for a size that is no integer or beyond any real model, before memory is asked for it."""
-    for part in ("text_config", "vision_config"):
+    for part in ("text_config", "vision_config", "first", "second"):
         inner = value.get(part)
         if isinstance(inner, Mapping):
             check_sizes(path, inner)
@@ -185,16 +179,28 @@ def load_vision(root: Path) -> tuple[TinyLlava, ModelSpec]:
     with building(root), no_init_weights():
         model.model.vision_tower = build_tower(config.vision_config)
     weights = open_weights(root)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in weights.infos:
         ours = in_memory(name)
         if ours is None:
             raise CheckpointError(f"{root}: tensor {name} belongs to no part of the model", "import the model again")
         if ours.startswith((TOWER, CONNECTOR)):
-            tensors[ours] = weights.get(name).float()
+            tensors |= _in_parts(ours, weights.get(name).float())
     check_tensors(root, {name: tuple(t.shape) for name, t in tensors.items()}, shapes(model))
     model.load_state_dict(tensors, assign=True, strict=False)
     return model.eval().requires_grad_(False), spec
+
+
+def _in_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """In-memory name → tensor of one tensor of a file: two where the file joins what the model keeps apart."""
+    pair = halves(name)
+    if pair is None or tensor.shape[0] % 2:
+        return {name: tensor}
+    return dict(zip(pair, tensor.chunk(2), strict=True))
+
+
+def _half(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0] // 2, *shape[1:]) if shape else shape
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,11 @@ def llm_source(root: Path) -> LlmSource:
     with building(root), torch.device("meta"):
         model = TinyLlava(config)
     ours = {name: in_memory(name) or name for name in weights.infos}
-    check_tensors(root, {ours[name]: info.shape for name, info in weights.infos.items()}, shapes(model))
+    found: dict[str, tuple[int, ...]] = {}
+    for name, info in weights.infos.items():
+        pair = halves(ours[name])
+        found |= {ours[name]: info.shape} if pair is None else dict.fromkeys(pair, _half(info.shape))
+    check_tensors(root, found, shapes(model))
     tied = bool(config.tie_word_embeddings)
     names = {
         alone: name
@@ -346,7 +356,7 @@ def image_processor(spec: ModelSpec) -> Any:
 
     settings = processor_config(spec)
     del settings["image_processor_type"]
-    return getattr(transformers, PROCESSORS[spec.vision_family])(**settings)
+    return getattr(transformers, TOWERS[spec.vision_family].processor)(**settings)
 
 
 def processor_config(spec: ModelSpec) -> dict[str, Any]:
@@ -354,7 +364,7 @@ def processor_config(spec: ModelSpec) -> dict[str, Any]:
     side = spec.image_size
     crop = spec.image_policy == "crop"
     return {
-        "image_processor_type": PROCESSORS[spec.vision_family].removesuffix("Pil"),
+        "image_processor_type": TOWERS[spec.vision_family].processor.removesuffix("Pil"),
         "do_resize": True,
         "size": {"shortest_edge": spec.crop_resize or side} if crop else {"height": side, "width": side},
         "resample": FILTERS[spec.resample],
@@ -377,10 +387,13 @@ def add_image_token(model: TinyLlava, tokenizer: Any) -> None:
     tokenizer.add_tokens([IMAGE_MARKER], special_tokens=True)
     image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_MARKER))
     old = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > old:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    needed = max(tokenizer.get_vocab().values()) + 1  # ids may have holes
+    if needed > old:
+        model.resize_token_embeddings(needed, pad_to_multiple_of=64, mean_resizing=False)
         with torch.no_grad():
-            model.get_input_embeddings().weight[old:].zero_()
-            model.get_output_embeddings().weight[old:].zero_()
+            head = model.get_output_embeddings()
+            for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+                if tensor is not None:
+                    tensor[old:].zero_()
     model.config.image_token_index = image_token_id
     model.config.image_token_id = image_token_id

@@ -2,10 +2,8 @@
 
 Legend: b pictures, p patches kept, v tower width, h language-model width, n positions.
 
-The class is transformers' own, so `from_pretrained`, `generate` and Trainer know it. What it adds: connectors from a
-table, SigLIP 2's NaFlex towers at one square size, and an output head that keeps its bias (Phi-2), which stock Llava
-drops with no more than a warning. Towers: CLIP, SigLIP (SigLIP 2's fixed-resolution checkpoints are plain SigLIP
-configurations), SigLIP 2 NaFlex, DINOv2.
+The class is transformers' own, so `from_pretrained`, `generate` and Trainer know it. What it adds: connectors and
+towers from tables, and an output head that keeps its bias (Phi-2), which stock Llava drops with no more than a warning.
 """
 
 from __future__ import annotations
@@ -16,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration, Siglip2VisionModel
+from transformers import AutoConfig, AutoModel, LlavaConfig, LlavaForConditionalGeneration
 
-from .connectors import CONNECTORS, DeepMlpConnector, MlpConnector, ResamplerConnector, build_connector
+from .connectors import CONNECTORS, MIXED, DeepMlpConnector, MlpConnector, ResamplerConnector, build_connector
 from .errors import CheckpointError, UsageError
-from .llava_config import MODEL_TYPE, TinyLlavaConfig
+from .llava_config import MODEL_TYPE, TinyLlavaConfig, tower_config
 from .spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, named_tokens, variant
+from .towers import TOWERS, find_tower
 
 __all__ = [
     "CONNECTORS",
@@ -29,7 +28,6 @@ __all__ = [
     "DeepMlpConnector",
     "MlpConnector",
     "ResamplerConnector",
-    "SquareSiglip2",
     "TinyLlava",
     "TinyLlavaConfig",
     "build_config",
@@ -44,34 +42,19 @@ __all__ = [
 ]
 
 STOCK_CONNECTOR = "mlp2x_gelu"
-SIGLIP2_TYPE = "siglip2_vision_model"
-
-
-class SquareSiglip2(Siglip2VisionModel):
-    """SigLIP 2's NaFlex tower fed whole square pictures, as every other tower is.
-
-    Equal to the Hugging Face class given the same picture's patches, a mask of ones and the square's patch counts.
-    The position embeddings are resized to that grid, as the class does.
-    """
-
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
-        """(b, 3, s, s) → the class's output; `hidden_states` holds (b, p, v)."""
-        side = int(self.config.patch_size)
-        rows, columns = pixel_values.shape[2] // side, pixel_values.shape[3] // side
-        patches = pixel_values.unflatten(3, (columns, side)).unflatten(
-            2, (rows, side)
-        )  # (b, 3, rows, side, cols, side)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (b, p, side · side · 3)
-        shapes = torch.tensor([[rows, columns]] * len(patches), dtype=torch.long, device=patches.device)
-        return super().forward(patches, pixel_attention_mask=None, spatial_shapes=shapes, **kwargs)
 
 
 class TinyLlava(LlavaForConditionalGeneration):
     """Llava with a connector from the table and a head that may have a bias."""
 
     def __init__(self, config: Any) -> None:
+        tower = config.vision_config
+        own = find_tower(tower.model_type).build is not None
+        if own:  # stock Llava builds the tower by transformers' table: give it one that is there
+            config.vision_config = getattr(tower, "first", tower)
         super().__init__(config)
-        vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
+        config.vision_config = tower
+        vision, text = tower.hidden_size, config.text_config.hidden_size
         self.model.multi_modal_projector = build_connector(
             getattr(config, "connector", STOCK_CONNECTOR),
             vision,
@@ -79,11 +62,18 @@ class TinyLlava(LlavaForConditionalGeneration):
             getattr(config, "connector_options", None),
             getattr(config, "feature_tokens", None),
         )
-        if config.vision_config.model_type == SIGLIP2_TYPE:
-            self.model.vision_tower = build_tower(config.vision_config)
+        if own:
+            self.model.vision_tower = build_tower(tower)
         if has_head_bias(config.text_config):
             self.lm_head = nn.Linear(text, config.text_config.vocab_size, bias=True)
         self.post_init()
+
+    def post_init(self) -> None:
+        """As the base class, once it knows where the language model keeps its embedding: `embed_tokens`, `wte` …"""
+        text = self.model.language_model
+        name = next(name for name, module in text.named_modules() if module is text.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{name}.weight"}
+        super().post_init()
 
     def tower_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Selected tower features V of Eq. 1, before the connector: (b, 3, s, s) → (b, p, v)."""
@@ -109,15 +99,14 @@ class TinyLlava(LlavaForConditionalGeneration):
 
 def build_tower(vision_config: Any) -> nn.Module:
     """The tower of a configuration with random weights, taking (b, 3, s, s) whatever its family."""
-    if vision_config.model_type == SIGLIP2_TYPE:
-        return SquareSiglip2._from_config(vision_config)
-    tower: nn.Module = AutoModel.from_config(vision_config)
+    build = find_tower(vision_config.model_type).build
+    tower: nn.Module = AutoModel.from_config(vision_config) if build is None else build(vision_config)
     return tower
 
 
 def has_head_bias(text_config: Any) -> bool:
-    """Whether the language model's output head has a bias, which stock Llava would drop (Phi)."""
-    return bool(text_config.model_type == "phi")
+    """Whether the output head has a bias, which stock Llava would drop: Phi's has, others say `head_bias`."""
+    return bool(text_config.model_type == "phi" or getattr(text_config, "head_bias", False))
 
 
 def needs_own_type(connector: str, vision_family: str, text_config: Any) -> bool:
@@ -128,7 +117,8 @@ def needs_own_type(connector: str, vision_family: str, text_config: Any) -> bool
         vision_family: `ModelSpec.vision_family`, or the `model_type` of the tower's configuration.
         text_config: the language model's configuration.
     """
-    return connector != STOCK_CONNECTOR or vision_family in ("siglip2", SIGLIP2_TYPE) or has_head_bias(text_config)
+    tower = TOWERS.get(vision_family) or find_tower(vision_family)
+    return connector != STOCK_CONNECTOR or not tower.stock or has_head_bias(text_config)
 
 
 def build_config(
@@ -145,10 +135,16 @@ def build_config(
     """
     if named_tokens(spec.connector) not in (None, spec.visual_tokens):
         raise CheckpointError(f"{spec.name}: visual_tokens={spec.visual_tokens} with the connector {spec.connector!r}")
+    if spec.connector in MIXED and spec.vision_family != "mof":
+        raise CheckpointError(
+            f"{spec.name}: connector {spec.connector!r} with a {spec.vision_family} tower", "it joins a mixture of two"
+        )
     text = AutoConfig.for_model(**copy.deepcopy(dict(text_config)))  # transformers writes into what it is given
-    own = needs_own_type(spec.connector, spec.vision_family, text)
-    vision = AutoConfig.for_model(**vision_config)
-    if spec.vision_family == "siglip2":
+    given = copy.deepcopy(dict(vision_config))
+    vision = tower_config(given)
+    vision = AutoConfig.for_model(**given) if vision is given else vision
+    own = needs_own_type(spec.connector, vision.model_type, text)
+    if getattr(vision, "image_size", None) is None:
         vision.image_size = spec.image_size  # NaFlex configurations know no size
     config = (TinyLlavaConfig if own else LlavaConfig)(
         vision_config=vision,
@@ -215,7 +211,7 @@ def is_dead(key: str, feature_layer: int, layers: int) -> bool:
     """
     if ".vision_tower." not in key:
         return False
-    if any(part in key for part in (".post_layernorm.", ".vision_tower.layernorm.", ".head.", ".mask_token")):
+    if any(part in key for part in (".post_layernorm.", ".layernorm.", ".head.", ".mask_token")):
         return True
     index = tower_layer(key)
     used = feature_layer + layers + 1 if feature_layer < 0 else feature_layer

@@ -40,6 +40,8 @@ TEMPLATES: dict[str, Template] = {
     "gemma": Template("gemma", SYSTEM, "<eos>"),
     "qwen2_base": Template("qwen2_base", SYSTEM, "<|endoftext|>"),
     "qwen2_instruct": Template("qwen2_instruct", SYSTEM, "<|im_end|>"),
+    "llama3": Template("llama3", SYSTEM, "<|end_of_text|>"),
+    "llama3_instruct": Template("llama3_instruct", SYSTEM, "<|eot_id|>"),
     "pretrain": Template("pretrain", "", "", caption_only=True),
 }
 

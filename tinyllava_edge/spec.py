@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import CheckpointError, UsageError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # DINOv2
+from .towers import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, TOWERS
 
 
 @dataclass(frozen=True)
@@ -135,9 +131,9 @@ class ModelSpec:
 
     @property
     def feature_tokens(self) -> int:
-        """Tower tokens that the connector reads: the patches, CLIP's and DINOv2's class token, less a dropped first."""
-        class_token = self.vision_family in ("clip", "dinov2")
-        return self.patches + class_token - (self.select_strategy == "default")
+        """Tower tokens that the connector reads: the patches and a class token, less a dropped first."""
+        tower = TOWERS[self.vision_family]
+        return tower.tokens_per_patch * self.patches + tower.class_token - (self.select_strategy == "default")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -187,9 +183,9 @@ class ModelSpec:
 
 POLICIES = ("warp", "crop", "pad")
 STRATEGIES = ("full", "default")
-VISION_FAMILIES = ("clip", "siglip", "siglip2", "dinov2")
+VISION_FAMILIES = tuple(TOWERS)
 COMPATS = ("native", "factory", "legacy")
-RESAMPLES = ("bicubic", "bilinear")
+FILTERS = {"bilinear": 2, "bicubic": 3}  # filter → Pillow's number
 
 
 def named_tokens(connector: str) -> int | None:
@@ -218,12 +214,16 @@ def _check_spec(spec: ModelSpec, where: str) -> None:
         raise CheckpointError(
             f"{where}: crop_resize={spec.crop_resize} for pictures of {spec.image_size}", "restore the file"
         )
+    if spec.vision_family == "mof" and spec.select_strategy != "full":
+        raise CheckpointError(
+            f"{where}: select_strategy={spec.select_strategy!r} of a mixture, which has no class tokens", "say full"
+        )
     for name, known in (
         ("image_policy", POLICIES),
         ("select_strategy", STRATEGIES),
         ("vision_family", VISION_FAMILIES),
         ("compat", COMPATS),
-        ("resample", RESAMPLES),
+        ("resample", tuple(FILTERS)),
     ):
         if getattr(spec, name) not in known:
             raise CheckpointError(
@@ -422,8 +422,18 @@ def variant(name: str) -> Variant:
     return known[name]
 
 
-def model_spec(name: str) -> ModelSpec:
-    """The spec of a variant trained by us (`native`): every patch kept, CLIP's class token dropped."""
+# Longest sequence of a recipe's models, as Factory's scripts train them. Phi-2 and TinyLlama have 2,048 positions of
+# their own: rotary ones, which go on.
+MAX_LENGTHS = {"base": 2048, "share": 3072}
+
+
+def model_spec(name: str, max_length: int = 0) -> ModelSpec:
+    """The spec of a variant trained by us (`native`): every patch kept, a class token dropped.
+
+    Args:
+        name: of the variant.
+        max_length: longest sequence, picture included; 0 takes the recipe's (MAX_LENGTHS).
+    """
     chosen = variant(name)
     vision, llm = VISION_BACKBONES[chosen.vision], LLM_BACKBONES[chosen.llm]
     return ModelSpec(
@@ -437,11 +447,11 @@ def model_spec(name: str) -> ModelSpec:
         image_policy=vision.image_policy,
         pad_color=tuple(int(255 * mean) for mean in vision.image_mean),  # type: ignore[arg-type]
         feature_layer=-2,
-        select_strategy="default" if vision.family == "clip" else "full",
+        select_strategy="default" if TOWERS[vision.family].class_token else "full",
         visual_tokens=vision.patches,
         embedding_dim=int(llm.config["hidden_size"]),
         connector="mlp2x_gelu",
         template=llm.template,
-        max_length=2048,
+        max_length=max_length or MAX_LENGTHS[chosen.recipe],
         compat="native",
     )

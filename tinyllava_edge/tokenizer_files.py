@@ -120,6 +120,18 @@ def factory_special_tokens(tokenizer: Any, model_type: str) -> None:
     setattr(tokenizer, target, getattr(tokenizer, origin))
 
 
+def complete_special_tokens(tokenizer: Any, end_of_turn: str) -> None:
+    """Give a tokenizer the special tokens that training and the runtimes need where it has none, in place.
+
+    Told by the tokenizer's own tokens, not by a model's name: text ends with `end_of_turn` where there is no other end,
+    and padding, which no loss counts, is the unknown token or else the end.
+    """
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = end_of_turn
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
 # tokenizer.model
 
 

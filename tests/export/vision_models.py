@@ -16,6 +16,7 @@ from tinyllava_edge import spec
 from tinyllava_edge.connectors import connector_tokens
 from tinyllava_edge.model import TinyLlava, build_model
 from tinyllava_edge.spec import ModelSpec
+from tinyllava_edge.towers import MOF_TYPE
 
 TEXT = {**spec.LLM_BACKBONES["Nano"].config, "num_hidden_layers": 1}
 TOWERS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,13 @@ TOWERS: dict[str, dict[str, Any]] = {
         "mlp_ratio": 3,
     },
 }
+TOWERS["dinov2_registers"] = {**TOWERS["dinov2"], "model_type": "dinov2_with_registers", "num_register_tokens": 3}
+TOWERS["mof"] = {"model_type": MOF_TYPE, "first": TOWERS["clip"], "second": TOWERS["dinov2"]}
+TOWERS["mof-siglip-registers"] = {
+    "model_type": MOF_TYPE,
+    "first": TOWERS["siglip"],
+    "second": TOWERS["dinov2_registers"],
+}
 TOWERS["dinov2-swiglu"] = {**TOWERS["dinov2"], "use_swiglu_ffn": True, "image_size": 64}
 QUERIES = 7
 # One of each counted connector: N divides the grid of 8 x 8 or not, as each allows.
@@ -60,7 +68,7 @@ def make(family: str, connector: str = "mlp2x_gelu") -> tuple[TinyLlava, ModelSp
         vision_family=family.split("-")[0],
         select_strategy="default" if family[0] in "cd" else "full",
         connector=connector,
-        visual_tokens=connector_tokens(connector, 64, _OPTIONS.get(connector)),
+        visual_tokens=connector_tokens(connector, 128 if family.startswith("mof") else 64, _OPTIONS.get(connector)),
     )
     text = {**TEXT, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3}
     if connector == "identity":

@@ -346,7 +346,10 @@ def test_damaged_adapter(tmp_path: Path, tokenizer_dir: Path) -> None:
         ({"architectures": ["LlavaQwenForCausalLM"]}, "LlavaQwenForCausalLM"),
         ({"connector_type": "qformer"}, "qformer"),
         ({"connector_type": "mof_mlp"}, "mof_mlp"),
-        ({"vision_model_name_or_path2": "facebook/dinov2-large"}, "mixture of two towers"),
+        (
+            {"vision_model_name_or_path2": "facebook/dinov2-large"},
+            "dinov2-large' with connector 'mlp2x_gelu'",
+        ),
         ({"text_config": {"model_type": "openelm"}}, "openelm"),
         ({"vision_config": {"model_type": "vit"}}, "vit"),
         ({"image_aspect_ratio": "anyres"}, "anyres"),

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..files import sha256_tree
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec
+from ..towers import TOWERS
 from .grid import Backbone, Cell
 
 
@@ -44,7 +45,7 @@ def cell_spec(cell: Cell) -> ModelSpec:
         image_policy=vision.image_policy,
         pad_color=(int(255 * vision.image_mean[0]), int(255 * vision.image_mean[1]), int(255 * vision.image_mean[2])),
         feature_layer=-2,
-        select_strategy="default" if vision.family == "clip" else "full",
+        select_strategy="default" if TOWERS[vision.family].class_token else "full",
         visual_tokens=tokens,
         embedding_dim=width,
         connector=cell.connector.kind,

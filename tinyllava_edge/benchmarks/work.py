@@ -29,6 +29,7 @@ from tinyllava_edge.runtimes.gguf_sizes import EMBEDDING, HEAD
 from tinyllava_edge.runtimes.headers import check_gguf, gguf_shards, onnx_field
 from tinyllava_edge.runtimes.kv_cache import head_widths
 from tinyllava_edge.spec import ModelSpec
+from tinyllava_edge.towers import TOWERS
 
 _FLOAT_KINDS = (0, 1, 30)  # ggml's f32, f16, bf16; products with all others are made in int8
 _KV_BYTES = 2  # of one cached value: f16, llama.cpp's default
@@ -150,7 +151,7 @@ def _vision(data: mmap.mmap, spec: ModelSpec) -> dict[str, int]:
                 shapes[name] = shape
             elif field == 1:
                 nodes.append(_node(data, first, last))
-    tokens = spec.patches + (spec.vision_family in ("clip", "dinov2"))
+    tokens = spec.patches + TOWERS[spec.vision_family].class_token
     found, width, layers = {"float": 0, "int8": 0}, 0, set[str]()
     for operator, inputs, attributes in nodes:
         weight = next((name for name in inputs[1:2] if name in shapes), "")
@@ -172,7 +173,7 @@ def _vision(data: mmap.mmap, spec: ModelSpec) -> dict[str, int]:
             keys = spec.feature_tokens if ".crossattention." in weight else spec.visual_tokens
             found["float"] += 4 * spec.visual_tokens * keys * shape[1]
         layer = None if weight.startswith("connector.") else _LAYER.match(weight)
-        layers |= {layer[1]} if layer else set()
+        layers |= {layer[0]} if layer else set()
     found["float"] += len(layers) * 4 * tokens**2 * width
     return found
 

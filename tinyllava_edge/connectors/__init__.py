@@ -13,11 +13,12 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..spec import named_tokens
-from . import avgpool, ldpv2, mlp, pixel_shuffle, plain, qformer, resampler
+from . import avgpool, ldpv2, mlp, mof_mlp, pixel_shuffle, plain, qformer, resampler
 from .avgpool import AvgPoolConnector
 from .base import Part, Sizes
 from .ldpv2 import LdpV2Connector
 from .mlp import DeepMlpConnector, MlpConnector
+from .mof_mlp import MofMlpConnector
 from .pixel_shuffle import PixelShuffleConnector
 from .qformer import QFormerConnector
 from .resampler import HEAD_WIDTH, HEADS, QUERIES, RESAMPLER_LAYERS, PerceiverAttention, ResamplerConnector
@@ -27,6 +28,7 @@ __all__ = [
     "COUNTED",
     "HEADS",
     "HEAD_WIDTH",
+    "MIXED",
     "OPTIONS",
     "QUERIES",
     "RESAMPLER_LAYERS",
@@ -34,6 +36,7 @@ __all__ = [
     "DeepMlpConnector",
     "LdpV2Connector",
     "MlpConnector",
+    "MofMlpConnector",
     "PerceiverAttention",
     "PixelShuffleConnector",
     "QFormerConnector",
@@ -53,8 +56,10 @@ CONNECTORS: dict[str, Part] = {
     "mlp2x_gelu": Part(mlp.mlp2),
     "mlp3x_gelu": Part(mlp.mlp(3)),
     "mlp4x_gelu": Part(mlp.mlp(4)),
+    "mof_mlp": Part(mof_mlp.mof_mlp),
     "resampler": Part(resampler.resampler, resampler.OPTIONS),
 }
+MIXED = ("mof_mlp",)  # read a mixture of two towers only
 COUNTED: dict[str, Part] = {
     "pixelshuffle": Part(pixel_shuffle.pixel_shuffle),
     "ldpv2": Part(ldpv2.ldpv2),

@@ -21,6 +21,7 @@ from ..errors import ExportError, StorageError, UsageError
 from ..files import new_directory, sha256_tree, write_json
 from ..runtimes.base import Picture
 from ..spec import ModelSpec
+from ..towers import TOWERS
 from . import onnx_io
 from .calibration import Sample, default_pictures, samples
 from .gguf_shards import shards_of, split_gguf
@@ -159,7 +160,7 @@ def check_config(root: Path, spec: ModelSpec) -> None:
         "patch_size": (config.vision_config.patch_size, spec.patch_size),
         "llm_family": (config.text_config.model_type, spec.llm_family),
     }
-    if spec.vision_family == "dinov2":  # its positions are interpolated, so its configuration's size is no promise
+    if not TOWERS[spec.vision_family].size_in_config:  # positions are resized, so that size is no promise
         del pairs["image_size"]
     for name, (in_config, in_spec) in pairs.items():
         if in_config != in_spec:

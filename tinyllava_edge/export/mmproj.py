@@ -52,6 +52,7 @@ _LACKS = {
     "mlp1x_gelu": "always applies a GELU after the first layer",
     "mlp3x_gelu": "knows two linear layers",
     "mlp4x_gelu": "knows two linear layers",
+    "mof_mlp": "reads one tower",
     "resampler": "has no graph for this resampler",
     "pixelshuffle": "shuffles pixels in other models' graphs only",
     "ldpv2": "pools 24 x 24 patches to 144 tokens, whatever the file says",
@@ -189,8 +190,9 @@ def check_model(config: Any, spec: ModelSpec, clip_workaround: bool) -> int:
         ExportError: a tower, connector or activation that stock llama.cpp can't compute.
     """
     if spec.vision_family not in ("clip", "siglip"):
+        tower = "a mixture of two towers" if spec.vision_family == "mof" else f"a {spec.vision_family} tower"
         raise ExportError(
-            f"{spec.name}: stock llama.cpp has no Llava graph for a {spec.vision_family} tower",
+            f"{spec.name}: stock llama.cpp has no Llava graph for {tower}",
             "use the ONNX vision graph with the text GGUF; known here: clip, siglip",
         )
     if spec.connector != _CONNECTOR:

@@ -17,7 +17,9 @@ from .lazy_graph import LazyGraph, open_graph, pointing
 Floats = npt.NDArray[np.float32]
 FP16_MAX = 65504.0  # largest finite float16
 _COMPUTES = ("Add", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul", "Sigmoid")
-_BLOCK = re.compile(r"^(?:layers\.\d+|connector|embeddings)\b")
+_BLOCK = re.compile(
+    r"^(?:(?:first\.|second\.)?(?:layers\.\d+|embeddings)|connector)\b"
+)  # of a mixture's two towers, too
 
 
 def too_large(path: Path, pictures: Sequence[Floats], limit: float) -> list[tuple[str, float]]:

@@ -19,6 +19,8 @@ from torch import nn
 
 from ..errors import ExportError
 from ..spec import ModelSpec
+from ..towers import FAMILIES, TOWERS
+from ..towers.mof import interleave
 from . import onnx_io
 from .lazy_graph import INLINE_BYTES, LazyGraph, Weight, write_graph
 from .vision_quantize import CALIBRATED, VISION_PRECISIONS, quantize_vision_int8
@@ -73,7 +75,7 @@ class Siglip2Embeddings(nn.Module):
 
 
 class Dinov2Embeddings(nn.Module):
-    """DINOv2's class token and patches, and its positions interpolated to the square once."""
+    """DINOv2's class token, registers if it has them, and patches; its positions interpolated to the square once."""
 
     positions: torch.Tensor
 
@@ -85,11 +87,17 @@ class Dinov2Embeddings(nn.Module):
         tokens = (side // int(self.projection.stride[0])) ** 2 + 1
         like = torch.empty(1, tokens, old.cls_token.shape[-1])
         self.register_buffer("positions", old.interpolate_pos_encoding(like, side, side))
+        self.register_tokens = getattr(old, "register_tokens", None)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(b, 3, s, s) → (b, n, v)."""
         patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
-        return torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + self.positions
+        batch = patches.shape[0]
+        if self.register_tokens is None:
+            return torch.cat((self.cls_token.expand(batch, -1, -1), patches), dim=1) + self.positions
+        first = (self.cls_token + self.positions[:, :1]).expand(batch, -1, -1)
+        registers = self.register_tokens.expand(batch, -1, -1)
+        return torch.cat((first, registers, patches + self.positions[:, 1:]), dim=1)
 
 
 EMBEDDINGS: dict[str, Callable[[Any, int], nn.Module]] = {
@@ -97,38 +105,73 @@ EMBEDDINGS: dict[str, Callable[[Any, int], nn.Module]] = {
     "siglip": lambda tower, _side: tower.embeddings,
     "siglip2": Siglip2Embeddings,
     "dinov2": Dinov2Embeddings,
+    "dinov2_registers": Dinov2Embeddings,
 }
 
 
-class VisionGraph(nn.Module):
-    """f and P of Eq. 1, cut at the feature layer: later layers, post-norm and pooling head are left out.
+class TowerGraph(nn.Module):
+    """f of Eq. 1, cut at the feature layer: later layers, post-norm and pooling head are left out."""
 
-    The features equal `hidden_states[feature_layer]` of the Hugging Face tower, its first token dropped where the
-    select strategy is `default`.
-    """
+    def __init__(self, tower: Any, family: str, spec: ModelSpec, first_kept: int) -> None:
+        """Share a tower's modules; raises ExportError for one that has no graph, or for a layer that isn't there."""
+        super().__init__()
+        if family not in EMBEDDINGS:
+            raise ExportError(f"{spec.name}: no graph for vision family {family!r}", f"known: {', '.join(EMBEDDINGS)}")
+        encoder = tower.encoder
+        layers = list(encoder.layers if hasattr(encoder, "layers") else encoder.layer)  # DINOv2 says `layer`
+        with torch.no_grad():
+            self.embeddings = EMBEDDINGS[family](tower, spec.image_size)
+        self.layers = nn.ModuleList(layers[: layers_used(spec, len(layers))])
+        self.first_kept = first_kept
+        self.registers = int(getattr(tower.config, "num_register_tokens", 0))
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(b, 3, s, s) → what `hidden_states[feature_layer]` holds from the first token that is kept, (b, t, v)."""
+        hidden = self.embeddings(pixel_values)  # (b, n, v)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None)  # (b, n, v)
+        if self.registers and not self.first_kept:
+            return torch.cat((hidden[:, :1], hidden[:, 1 + self.registers :]), dim=1)  # (b, t, v)
+        return hidden[:, self.first_kept + self.registers :]  # (b, t, v)
+
+
+class VisionGraph(TowerGraph):
+    """f and P of Eq. 1. The features are those of `tower_features` of the torch model."""
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         """Share the modules of a TinyLlava model. Raises ExportError for a tower or layer that has no graph."""
-        super().__init__()
-        if spec.vision_family not in EMBEDDINGS:
-            raise ExportError(
-                f"{spec.name}: no graph for vision family {spec.vision_family!r}", f"known: {', '.join(EMBEDDINGS)}"
-            )
-        tower = model.model.vision_tower
-        layers = list(tower.encoder.layer if spec.vision_family == "dinov2" else tower.encoder.layers)
-        with torch.no_grad():
-            self.embeddings = EMBEDDINGS[spec.vision_family](tower, spec.image_size)
-        self.layers = nn.ModuleList(layers[: layers_used(spec, len(layers))])
-        self.first_kept = {"full": 0, "default": 1}[spec.select_strategy]
+        kept = {"full": 0, "default": 1}[spec.select_strategy]
+        super().__init__(model.model.vision_tower, spec.vision_family, spec, kept)
         self.connector = model.model.multi_modal_projector
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b, 3, s, s) → image embeddings (b, t, d) and the tower features (b, t, v) that they were made from."""
-        hidden = self.embeddings(pixel_values)  # (b, n, v)
-        for layer in self.layers:
-            hidden = layer(hidden, attention_mask=None)  # (b, n, v)
-        features = hidden[:, self.first_kept :]  # (b, t, v)
+        features = self.features(pixel_values)
         return self.connector(features), features
+
+
+class MixtureGraph(nn.Module):
+    """VisionGraph of a mixture: both towers without their class tokens, their tokens in turn."""
+
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        super().__init__()
+        tower = model.model.vision_tower
+        parts = [(part, FAMILIES[part.config.model_type]) for part in (tower.first, tower.second)]
+        self.first, self.second = (
+            TowerGraph(part, family, spec, int(TOWERS[family].class_token)) for part, family in parts
+        )
+        self.connector = model.model.multi_modal_projector
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, 3, s, s) → image embeddings (b, 2t, d) and the tower features (b, 2t, v) that they were made from."""
+        features = interleave(self.first.features(pixel_values), self.second.features(pixel_values))
+        return self.connector(features), features
+
+
+def vision_graph(model: Any, spec: ModelSpec) -> nn.Module:
+    """The graph of a model's tower or towers, in eval mode. Raises ExportError for one that has none."""
+    kind = MixtureGraph if spec.vision_family == "mof" else VisionGraph
+    return kind(model, spec).eval()
 
 
 def layers_used(spec: ModelSpec, layers: int) -> int:
@@ -161,7 +204,7 @@ def export_vision_fp32(model: Any, spec: ModelSpec, target: Path, *, static: boo
     Raises:
         ExportError: the tower can't be exported, or its shapes differ from what the spec promises.
     """
-    graph = VisionGraph(model, spec).eval()
+    graph = vision_graph(model, spec)
     batch = 1 if static else 2  # a dynamic batch of 1 would be taken for a constant
     pixels = torch.zeros(batch, 3, spec.image_size, spec.image_size)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from ..checkpoint import check_sizes, line
 from ..checkpoint_spec import read_json
 from ..errors import CheckpointError
 from ..spec import VISION_BACKBONES
+from ..towers import CONTAINERS, FAMILIES, MOF_TYPE
 from .layouts import Source
 
 # Default template by language model. Whether a Qwen2 was trained with the base or the instruct format can't be told
@@ -24,17 +25,19 @@ TEMPLATES = {
     "qwen2": "qwen2_base",
     "qwen3": "qwen2_instruct",
 }
-FAMILIES = {
-    "clip_vision_model": "clip",
-    "siglip_vision_model": "siglip",
-    "siglip2_vision_model": "siglip2",
-    "dinov2": "dinov2",
-}
-# Whole two-tower configurations, which hold the picture tower's own.
-CONTAINERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
-KNOWN_TOWERS = {
+KNOWN_TOWERS: dict[str, Mapping[str, Any]] = {
     **{VISION_BACKBONES[abbr].hub_id: VISION_BACKBONES[abbr].config for abbr in ("C", "Sig")},
     **{f"bczhou/TinyLLaVA-{size}-SigLIP": VISION_BACKBONES["Sig"].config for size in ("3.1B", "2.0B", "1.5B")},
+}
+# DINOv2-L, which Factory's mixtures pair with CLIP-L: their files don't hold its configuration.
+KNOWN_TOWERS["facebook/dinov2-large"] = {
+    "model_type": "dinov2",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 518,
+    "patch_size": 14,
+    "mlp_ratio": 4,
 }
 # Names that older configurations give to fields of today's classes.
 RENAMED = {
@@ -74,16 +77,35 @@ def text_config(source: Source, llm: Path | None) -> dict[str, Any]:
     return _whole(where, kind, given)
 
 
-def vision_config(source: Source, vision: Path | None) -> dict[str, Any]:
-    """Whole configuration of the tower, `model_type` included; arguments and errors as `text_config`."""
+def vision_config(source: Source, vision: Path | None, vision2: Path | None = None) -> dict[str, Any]:
+    """Whole configuration of the tower, or of a mixture's two; `model_type` included.
+
+    Args:
+        source: the opened model.
+        vision: Hugging Face directory of the tower, used instead of what the source says.
+        vision2: the same of a mixture's second tower, whose configuration the source does not hold.
+
+    Raises:
+        CheckpointError: there is none, or one that can't be imported.
+    """
     where = (vision or source.root) / "config.json"
     given: Any = read_json(where) if vision else source.vision
     if given is None:
         given = KNOWN_TOWERS.get(source.vision_id)
+    first = _tower(where, given, source.vision_id, "--vision")
+    if not source.vision_id2:
+        return first
+    where = (vision2 or source.root) / "config.json"
+    known: Any = read_json(where) if vision2 else KNOWN_TOWERS.get(source.vision_id2)
+    return {"model_type": MOF_TYPE, "first": first, "second": _tower(where, known, source.vision_id2, "--vision2")}
+
+
+def _tower(where: Path, given: Any, published: str, flag: str) -> dict[str, Any]:
+    """Whole configuration of one tower. Raises CheckpointError."""
     if given is None:
         raise CheckpointError(
-            f"{where}: no vision_config, and tower {source.vision_id[:80]!r} isn't known",
-            "name a directory with the tower's config.json: --vision DIR",
+            f"{where}: no vision_config, and tower {published[:80]!r} isn't known",
+            f"name a directory with the tower's config.json: {flag} DIR",
         )
     if not isinstance(given, Mapping):
         raise CheckpointError(f"{where}: vision_config is a {type(given).__name__}", "restore the file")
@@ -94,8 +116,9 @@ def vision_config(source: Source, vision: Path | None) -> dict[str, Any]:
             raise CheckpointError(f"{where}: no vision_config inside", "give the picture tower's config.json")
         given = {"model_type": CONTAINERS[kind], **inner}
         kind = str(given["model_type"])
-    if kind not in FAMILIES:
-        raise CheckpointError(f"{where}: vision tower {kind[:40]!r} can't be imported", f"known: {', '.join(FAMILIES)}")
+    if kind not in FAMILIES or kind == MOF_TYPE:
+        known = ", ".join(name for name in FAMILIES if name != MOF_TYPE)
+        raise CheckpointError(f"{where}: vision tower {kind[:40]!r} can't be imported", f"known: {known}")
     return _whole(where, kind, given)
 
 

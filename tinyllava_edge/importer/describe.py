@@ -6,29 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import FILTERS
-from ..checkpoint_spec import read_json
 from ..errors import CheckpointError
+from ..image_numbers import image_numbers, integer
 from ..model import tower_layer
 from ..prompt import get_template
-from ..spec import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SIGLIP_MEAN, SIGLIP_STD, ModelSpec
+from ..spec import ModelSpec
 from ..tensor_names import TOWER
-from .configs import FAMILIES, TEMPLATES
+from ..towers import FAMILIES, TOWERS
+from .configs import TEMPLATES
 from .layouts import COMPAT, Source
 from .lazy import Tensors
 
-PREPROCESSOR = "preprocessor_config.json"
-# Mean, standard deviation, policy and filter of each family's own image processor.
-_OWN = {
-    "clip": (CLIP_MEAN, CLIP_STD, "crop", "bicubic"),
-    "siglip": (SIGLIP_MEAN, SIGLIP_STD, "warp", "bicubic"),
-    "siglip2": (SIGLIP_MEAN, SIGLIP_STD, "warp", "bilinear"),
-    "dinov2": (IMAGENET_MEAN, IMAGENET_STD, "crop", "bicubic"),
-}
-_DINOV2_CROP, _DINOV2_RESIZE = 224, 256  # pixels; its configuration names the size of its position table instead
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
-# What the preprocess graph computes.
-_FOLLOWED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 _LENGTH = 2048  # positions, where the source names none
 
 
@@ -56,14 +45,16 @@ def describe(
         UsageError: unknown template.
     """
     where = source.root / "config.json"
-    family = FAMILIES[vision["model_type"]]
-    numbers = _picture(processor, vision, family)
+    family, mixture = FAMILIES[vision["model_type"]], vision
+    vision = vision.get("first", vision)  # pictures and sizes of a mixture are its first tower's
+    numbers = image_numbers(processor, vision, FAMILIES[vision["model_type"]])
     policy, strategy = _policy(source, where, numbers), _strategy(source, where, family)
     if policy == "pad" and numbers["crop_resize"]:
         raise CheckpointError(f"{where}: pictures are padded and then cut", "no policy of the device files does that")
     layer, depth = _layer(source, where, vision)
-    patch = _integer(where, "patch_size", vision.get("patch_size"))
-    tokens = (numbers["image_size"] // patch) ** 2 + (family in ("clip", "dinov2")) - (strategy == "default")
+    patch = integer(where, "patch_size", vision.get("patch_size"))
+    tokens = (numbers["image_size"] // patch) ** 2 * TOWERS[family].tokens_per_patch
+    tokens += TOWERS[family].class_token - (strategy == "default")
     if source.connector == "resampler":
         tokens = source.options.get("num_queries", 128)
     spec = ModelSpec(
@@ -83,53 +74,7 @@ def describe(
         **{**numbers, "image_policy": policy, "crop_resize": numbers["crop_resize"] if policy == "crop" else 0},
     )
     spec = ModelSpec.from_dict(spec.to_dict(), str(where))
-    return spec, {**vision, "num_hidden_layers": depth}
-
-
-def find_processor(root: Path) -> Path | None:
-    """File with the image processor's numbers: its own, or the whole processor's as transformers 5 writes it."""
-    return next((root / name for name in (PREPROCESSOR, "processor_config.json") if (root / name).is_file()), None)
-
-
-def _picture(processor: Path | None, vision: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """Numbers of the image processor: the source's file, else the family's own."""
-    mean, std, policy, resample = _OWN[family]
-    size = _DINOV2_CROP if family == "dinov2" else vision.get("image_size")
-    resize = _DINOV2_RESIZE if family == "dinov2" else 0
-    given = read_json(processor) if processor else {}
-    where = processor or Path("config.json")
-    inner = given.get("image_processor", given)
-    given = inner if isinstance(inner, dict) else {}
-    for key, known in _FOLLOWED.items():
-        if given.get(key, known) != known:
-            raise CheckpointError(f"{where}: {key} {str(given[key])[:40]} can't be followed", f"known: {known}")
-    kernel = given.get("resample", FILTERS[resample])
-    kernels = {number: name for name, number in FILTERS.items()}
-    if type(kernel) is not int or kernel not in kernels:
-        raise CheckpointError(f"{where}: resample {str(kernel)[:40]} can't be followed", f"known: {kernels}")
-    if given:
-        mean, std = _triple(where, given, "image_mean", mean), _triple(where, given, "image_std", std)
-        sides = given.get("size")
-        if not isinstance(sides, dict):
-            sides = {"height": sides, "shortest_edge": sides} if sides else {}
-        if given.get("do_center_crop"):
-            crop = given.get("crop_size")
-            size = crop.get("height", size) if isinstance(crop, dict) else crop or size
-            policy, resize = "crop", sides.get("shortest_edge", 0)
-        elif "height" in sides:
-            policy, size, resize = "warp", sides["height"], 0
-        if given.get("do_pad"):
-            policy = "pad"
-    size = _integer(where, "image size", size)
-    resize = 0 if resize == size else resize
-    return {
-        "image_size": size,
-        "image_mean": mean,
-        "image_std": std,
-        "image_policy": policy,
-        "crop_resize": _integer(where, "shortest_edge", resize, least=0),
-        "resample": kernels[kernel],
-    }
+    return spec, dict(mixture) if family == "mof" else {**vision, "num_hidden_layers": depth}
 
 
 def _policy(source: Source, where: Path, numbers: Mapping[str, Any]) -> str:
@@ -156,7 +101,10 @@ def _strategy(source: Source, where: Path, family: str) -> str:
     selected = str(source.config.get(key, "patch"))
     if selected not in _STRATEGIES:
         raise CheckpointError(f"{where}: {key} {str(selected)[:40]!r}", f"known: {', '.join(_STRATEGIES)}")
-    return "full" if legacy and family in ("siglip", "siglip2") else _STRATEGIES[selected]
+    if family == "mof" and selected != "patch":
+        raise CheckpointError(f"{where}: {key} {selected!r} of a mixture of two towers", "known: patch")
+    whole = family == "mof" or (legacy and not TOWERS[family].class_token)
+    return "full" if whole else _STRATEGIES[selected]
 
 
 def _layer(source: Source, where: Path, vision: Mapping[str, Any]) -> tuple[int, int]:
@@ -187,17 +135,4 @@ def _length(source: Source, where: Path, text: Mapping[str, Any]) -> int:
     length = source.config.get("tokenizer_model_max_length")
     if length is None:
         length = min(_LENGTH, int(text["max_position_embeddings"]))
-    return _integer(where, "tokenizer_model_max_length", length)
-
-
-def _triple(where: Path, given: Mapping[str, Any], key: str, default: Any) -> tuple[float, float, float]:
-    value = given.get(key, default)
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(type(x) in (int, float) for x in value):
-        raise CheckpointError(f"{where}: {key} {str(value)[:80]}", "restore the file")
-    return (value[0], value[1], value[2])
-
-
-def _integer(where: Path, key: str, value: Any, least: int = 1) -> int:
-    if type(value) is not int or not least <= value <= 1 << 22:
-        raise CheckpointError(f"{where}: {key} {str(value)[:40]!r} is no such number", "restore the file")
-    return value
+    return integer(where, "tokenizer_model_max_length", length)

@@ -17,14 +17,15 @@ from .layouts import COMPAT, Source
 from .lazy import Tensors
 
 CHANGED_IN = (5, 4)
-# Connector → its last layer, below the connector's name; every parameter of that layer scales the output.
+# Connector → its last layers, below the connector's name; every parameter of those scales the output.
 LAST_LAYER = {
-    "linear": "",
-    "mlp1x_gelu": "layers.0.",
-    "mlp2x_gelu": "linear_2.",
-    "mlp3x_gelu": "layers.4.",
-    "mlp4x_gelu": "layers.6.",
-    "resampler": "norm.",
+    "linear": ("",),
+    "mlp1x_gelu": ("layers.0.",),
+    "mlp2x_gelu": ("linear_2.",),
+    "mlp3x_gelu": ("layers.4.",),
+    "mlp4x_gelu": ("layers.6.",),
+    "mof_mlp": ("first.linear_2.", "second.linear_2."),
+    "resampler": ("norm.",),
 }
 
 
@@ -41,11 +42,12 @@ def scale_pictures(source: Source, text: Mapping[str, Any], tensors: Tensors) ->
             f"{source.root}: connector {source.connector!r} can't carry Gemma's embedding scale",
             f"connectors that can: {', '.join(LAST_LAYER)}",
         )
-    prefix, scale = CONNECTOR + LAST_LAYER[source.connector], float(text["hidden_size"]) ** 0.5
+    prefixes = tuple(CONNECTOR + layer for layer in LAST_LAYER[source.connector])
+    scale = float(text["hidden_size"]) ** 0.5
     changed = {
         name: tensor.with_change(lambda t: (t.float() * scale).to(t.dtype))
         for name, tensor in tensors.items()
-        if name.startswith(prefix)
+        if name.startswith(prefixes)
     }
     return {**tensors, **changed}, [
         f"connector's last layer times {scale:.6g}: Gemma's image embeddings were scaled by its time's transformers"

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint_spec import SPEC_FILE, read_json
-from ..connectors import CONNECTORS
+from ..connectors import CONNECTORS, MIXED
 from ..errors import CheckpointError
-from ..tensor_names import CONNECTOR, HEAD, TEXT, TOWER, in_memory
+from ..tensor_names import CONNECTOR, HEAD, TEXT, TOWER, in_memory, modern
 from . import lora
 from .lazy import Tensors, lazy
 from .pickled import has_weights, open_any
@@ -39,6 +39,15 @@ LEGACY = {
 FOLDERS = ("language_model", "vision_tower", "connector")
 # Buffers that every model computes anew; old releases stored them.
 BUFFERS = (".rotary_emb.inv_freq", "embeddings.position_ids")
+# Connector → its layers' names in the files, and ours.
+_LAYERS = {
+    "mlp2x_gelu": {"0.": "linear_1.", "2.": "linear_2."},
+    "mof_mlp": {
+        f"{theirs}.{index}.": f"{ours}.linear_{layer}."
+        for theirs, ours in (("clip", "first"), ("dinov2", "second"))
+        for index, layer in ((0, 1), (2, 2))
+    },
+}
 Rename = Callable[[str], str | None]
 
 
@@ -58,6 +67,8 @@ class Source:
     """configuration of the tower as the source gives it"""
     vision_id: str
     """published name of the tower that the source gives"""
+    vision_id2: str
+    """published name of a mixture's second tower; empty for one tower"""
     connector: str
     """key of CONNECTORS"""
     options: Mapping[str, int]
@@ -114,6 +125,7 @@ def open_source(root: Path) -> Source:
         text or config.get("text_config"),
         vision or config.get("vision_config"),
         vision_id if isinstance(vision_id, str) else "",
+        str(config.get("vision_model_name_or_path2") or "") if connector in MIXED else "",
         connector,
         options,
         tensors,
@@ -152,8 +164,12 @@ def refuse(root: Path, config: Mapping[str, Any]) -> None:
     where = root / "config.json"
     if config.get("quantization_config"):
         raise CheckpointError(f"{where}: quantization_config: the weights are quantised", "import the full weights")
-    if config.get("vision_model_name_or_path2"):
-        raise CheckpointError(f"{where}: vision_model_name_or_path2: a mixture of two towers", "it can't be imported")
+    second, connector = config.get("vision_model_name_or_path2"), config.get("connector_type")
+    if bool(second) != (connector in MIXED):
+        raise CheckpointError(
+            f"{where}: vision_model_name_or_path2 {str(second)[:80]!r} with connector {str(connector)[:40]!r}",
+            "a mixture of two towers has the connector mof_mlp, and no other model has it",
+        )
     if config.get("mm_use_im_start_end"):
         raise CheckpointError(f"{where}: mm_use_im_start_end: marker tokens around pictures", "it can't be imported")
     if config.get("mm_patch_merge_type", "flat") != "flat":
@@ -168,8 +184,9 @@ def factory_name(name: str, connector: str) -> str | None:
     for prefix, ours in (("language_model.model.", TEXT), ("language_model.lm_head.", HEAD)):
         if name.startswith(prefix):
             return ours + name.removeprefix(prefix)
-    if name.startswith("vision_tower._vision_tower."):
-        return tower_name(name.removeprefix("vision_tower._vision_tower."))
+    for prefix, part in (("clip.", "first."), ("dinov2.", "second.")) if connector in MIXED else (("", ""),):
+        if name.startswith(f"vision_tower._vision_tower.{prefix}"):
+            return tower_name(name.removeprefix(f"vision_tower._vision_tower.{prefix}"), part)
     if name.startswith("connector._connector."):
         return connector_name(name.removeprefix("connector._connector."), connector)
     return None
@@ -188,15 +205,15 @@ def legacy_name(name: str, connector: str) -> str | None:
     return name if name.startswith(HEAD) else None
 
 
-def tower_name(name: str) -> str:
-    """In-memory name of a tensor in a tower's own files."""
-    return TOWER + name.removeprefix("vision_model.")
+def tower_name(name: str, part: str = "") -> str:
+    """In-memory name of a tensor in a tower's own files; `part` is the tower's place in a mixture."""
+    return f"{TOWER}{part}" + modern(f".{name.removeprefix('vision_model.')}")[1:]
 
 
 def connector_name(name: str, connector: str) -> str | None:
     """In-memory name of a connector's tensor; MLPs are stored as a sequence of layers."""
-    if connector == "mlp2x_gelu":
-        for stored, ours in (("0.", "linear_1."), ("2.", "linear_2.")):
+    if connector in _LAYERS:
+        for stored, ours in _LAYERS[connector].items():
             if name.startswith(stored):
                 return CONNECTOR + ours + name.removeprefix(stored)
         return None

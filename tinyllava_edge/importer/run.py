@@ -12,12 +12,13 @@ from .. import checkpoint as checkpoints
 from ..checkpoint_spec import SPEC_FILE, load_spec, read_json
 from ..errors import CheckpointError, StorageError, UsageError
 from ..files import new_directory, write_json
+from ..image_numbers import PREPROCESSOR, find_processor
 from ..model import build_model
 from ..prompt import get_template
 from ..spec import ModelSpec
 from ..tensor_names import on_disk
 from .configs import text_config, vision_config
-from .describe import PREPROCESSOR, describe, find_processor
+from .describe import describe
 from .gemma import scale_pictures
 from .layouts import open_source
 from .record import FILE, fingerprint, is_unchanged, write_record
@@ -52,6 +53,7 @@ def import_checkpoint(
     *,
     tokenizer: Path | None = None,
     vision: Path | None = None,
+    vision2: Path | None = None,
     llm: Path | None = None,
     template: str | None = None,
     name: str | None = None,
@@ -66,6 +68,7 @@ def import_checkpoint(
         out: checkpoint directory to write, whole or not at all.
         tokenizer: directory with tokenizer files, where the source has none.
         vision: Hugging Face directory of the tower: its configuration, and its weights where the source has none.
+        vision2: Hugging Face directory of a mixture's second tower: its configuration alone is read.
         llm: Hugging Face directory of the language model: its configuration alone is read.
         template: key of prompt.TEMPLATES; by default the one that upstream pairs with the language model.
         name: label of the model; by default the source directory's name.
@@ -80,7 +83,7 @@ def import_checkpoint(
         StorageError: `out` exists and isn't this very import, or the disk is full.
     """
     label = name or source.resolve().name
-    given = {"tokenizer": tokenizer, "vision": vision, "llm": llm}
+    given = {"tokenizer": tokenizer, "vision": vision, "vision2": vision2, "llm": llm}
     _check_arguments(source, out, given, template)
     wanted = fingerprint(source, given, {"template": template, "name": label, "shard_bytes": shard_bytes}, progress)
     if out.exists() and not force:
@@ -92,7 +95,7 @@ def import_checkpoint(
         )
     opened, notes = with_tower(open_source(source), vision)
     text = text_config(opened, llm)
-    tower = vision_config(opened, vision)
+    tower = vision_config(opened, vision, vision2)
     processor = next((path for root in (source, vision) if root and (path := find_processor(root))), None)
     spec, tower = describe(opened, text, tower, processor=processor, template=template, name=label)
     tensors, scale_notes = scale_pictures(opened, text, opened.tensors)

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..tensor_names import TOWER
+from ..towers import MOF_TYPE, find_tower
 from .layouts import BUFFERS, Source, tower_name
 from .lazy import Lazy, Tensors, lazy
 from .pickled import has_weights, open_any
@@ -35,20 +36,27 @@ def with_tower(source: Source, vision: Path | None) -> tuple[Source, list[str]]:
     return dataclasses.replace(source, tensors={**source.tensors, **tower}), [f"tower read from {vision.name}"]
 
 
-def dead_parts(tensors: Tensors, vision: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any], list[str]]:
+def dead_parts(
+    tensors: Tensors, vision: Mapping[str, Any], prefix: str = TOWER
+) -> tuple[Tensors, dict[str, Any], list[str]]:
     """What the features never reach may be missing: SigLIP's pooling head is switched off, a last norm made neutral."""
     tower, notes, filled = dict(vision), [], dict(tensors)
     kind = vision["model_type"]
-    headless = not any(name.startswith(f"{TOWER}head.") for name in tensors)
-    if headless and kind in ("siglip_vision_model", "siglip2_vision_model"):
+    if kind == MOF_TYPE:
+        for part in ("first", "second"):
+            filled, tower[part], told = dead_parts(filled, vision[part], f"{TOWER}{part}.")
+            notes += told
+        return filled, tower, notes
+    headless = not any(name.startswith(f"{prefix}head.") for name in tensors)
+    if headless and find_tower(kind).pooling_head:
         tower["vision_use_head"] = False
         notes.append("tower without its pooling head, which nothing reads")
-    norm = {"dinov2": "layernorm"}.get(kind, "post_layernorm")
-    absent = [part for part in ("weight", "bias") if f"{TOWER}{norm}.{part}" not in tensors]
+    norm = find_tower(kind).last_norm
+    absent = [part for part in ("weight", "bias") if f"{prefix}{norm}.{part}" not in tensors]
     if len(absent) == 2:
         sample = next(tensor for name, tensor in tensors.items() if name.startswith(TOWER))
         for part, value in (("weight", 1.0), ("bias", 0.0)):
-            filled[f"{TOWER}{norm}.{part}"] = _constant(sample, int(vision["hidden_size"]), value)
+            filled[f"{prefix}{norm}.{part}"] = _constant(sample, int(vision["hidden_size"]), value)
         notes.append("tower without its last norm, which nothing reads: a neutral one is written")
     return filled, tower, notes
 

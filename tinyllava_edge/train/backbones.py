@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ..model import TinyLlava, build_model
 from ..prompt import get_template
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, model_spec
 from ..spec import variant as find_variant
-from ..tokenizer_files import fast_tokenizer
+from ..tokenizer_files import complete_special_tokens, fast_tokenizer
+from ..towers import MOF_TYPE, find_tower
+from .compose import TowerParts, is_rotary, read_llm, read_towers
 
-TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -24,19 +26,22 @@ def init_checkpoint(
     variant: str | ModelSpec,
     out: Path,
     *,
-    vision_dir: Path | None = None,
+    vision_dir: Path | Sequence[Path] | None = None,
     llm_dir: Path | None = None,
     connector_options: Mapping[str, int] | None = None,
+    max_length: int = 0,
     seed: int = 0,
     force: bool = False,
 ) -> None:
-    """Write the untrained checkpoint of a variant, or of a spec of one's own.
+    """Write the untrained checkpoint of a variant, or of a spec of one's own (`compose.spec_of`).
 
     Args:
         variant: name as in Table A1, a nano variant's, or a whole spec, which needs both directories.
-        vision_dir: Hugging Face directory of the tower; the shipped nano tower by default.
+        vision_dir: Hugging Face directory of the tower, or of both towers of a mixture; the shipped nano tower by
+            default.
         llm_dir: Hugging Face directory of the language model and its tokenizer; the shipped nano one by default.
         connector_options: as `build_connector`.
+        max_length: longest sequence, picture included, in place of the spec's own; 0 keeps that.
         seed: of the connector's random weights.
         force: replace `out` if it exists.
 
@@ -49,22 +54,30 @@ def init_checkpoint(
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
     vision_id = llm_id = ""
     if isinstance(variant, ModelSpec):
-        spec = variant
+        spec = dataclasses.replace(variant, max_length=max_length) if max_length else variant
     else:
-        chosen, spec = find_variant(variant), model_spec(variant)
+        chosen, spec = find_variant(variant), model_spec(variant, max_length)
         vision_id, llm_id = VISION_BACKBONES[chosen.vision].hub_id, LLM_BACKBONES[chosen.llm].hub_id
-    tower_dir = _directory(vision_dir, vision_id, "--vision")
+    given = [vision_dir] if vision_dir is None or isinstance(vision_dir, Path) else vision_dir
+    tower_dirs = [_directory(path, vision_id, "--vision") for path in given]
     text_dir = _directory(llm_dir, llm_id, "--llm")
+    towers, text = read_towers(tower_dirs), read_llm(text_dir)
+    _check(spec, towers, text, text_dir)
     with torch.random.fork_rng(devices=[]), checkpoints.quiet():
-        tower = _load(TOWERS[spec.vision_family], tower_dir)
-        llm = _load("AutoModelForCausalLM", text_dir)
         tokenizer = fast_tokenizer(text_dir)
-        _check(spec, tower, llm, tokenizer, tower_dir, text_dir)
+        _check_end(spec, tokenizer, text_dir)
+        parts = [
+            _load(find_tower(c.model_type).model_class, path)
+            for c, path in zip(towers.configs, tower_dirs, strict=True)
+        ]
+        llm = _load("AutoModelForCausalLM", text_dir)
+        _check_forward(llm, text_dir)
         torch.manual_seed(seed)
         model = build_model(
-            spec, tower.config.to_dict(), llm.config.to_dict(), llm.config.vocab_size - 1, connector_options
+            spec, _tower_config(parts), _text_config(llm, spec), llm.config.vocab_size - 1, connector_options
         )
-        _copy(model, tower, llm)
+        _copy(model, parts, llm)
+        complete_special_tokens(tokenizer, get_template(spec.template).end_of_turn)
         checkpoints.add_image_token(model, tokenizer)
     checkpoints.save(model.eval(), tokenizer, spec, out, force=force)
 
@@ -107,28 +120,84 @@ def _load(kind: str, path: Path) -> Any:
     return model
 
 
-def _check(spec: ModelSpec, tower: Any, llm: Any, tokenizer: Any, tower_dir: Path, text_dir: Path) -> None:
-    vision, text = tower.config, llm.config
-    wanted = (
-        (tower_dir, "model_type", vision.model_type.removesuffix("_vision_model"), spec.vision_family),
-        (tower_dir, "image_size", vision.image_size, spec.image_size),
-        (tower_dir, "patch_size", vision.patch_size, spec.patch_size),
+def _check(spec: ModelSpec, towers: TowerParts, text: Any, text_dir: Path) -> None:
+    """Raise CheckpointError unless the directories hold what the spec says."""
+    first, tower_dir = towers.configs[0], towers.directories[0]
+    wanted = [
+        (tower_dir, "model_type", towers.family, spec.vision_family),
+        (tower_dir, "patch_size", first.patch_size, spec.patch_size),
         (text_dir, "model_type", text.model_type, spec.llm_family),
         (text_dir, "hidden_size", text.hidden_size, spec.embedding_dim),
-    )
+    ]
+    if find_tower(first.model_type).fixed_positions:
+        wanted.insert(1, (tower_dir, "image_size", first.image_size, spec.image_size))
     for path, key, found, expected in wanted:
         if found != expected:
             raise CheckpointError(
                 f"{path}: {key} is {found}, {spec.name} needs {expected}", "give the variant's own backbone"
             )
+    own = getattr(text, "max_position_embeddings", None)
+    if isinstance(own, int) and spec.max_length > own and not is_rotary(text):
+        raise CheckpointError(
+            f"{text_dir}: has {own} positions, {spec.name} needs {spec.max_length}", "choose a shorter max_length"
+        )
+
+
+def _check_end(spec: ModelSpec, tokenizer: Any, text_dir: Path) -> None:
     end = get_template(spec.template).end_of_turn
     if end not in tokenizer.get_vocab():
         raise CheckpointError(f"{text_dir}: the tokenizer has no {end!r} token", f"template {spec.template} needs it")
 
 
-def _copy(model: TinyLlava, tower: Any, llm: Any) -> None:
+def _check_forward(llm: Any, path: Path) -> None:
+    """Raise CheckpointError unless the model's logits are its head on its decoder's output, from embeddings alone.
+
+    Llava computes nothing else: what a model does besides (Gemma 2 caps its logits, others scale them or look tokens up
+    again in later layers) would be lost without a word.
+    """
+    ids = torch.arange(8)[None] % llm.config.vocab_size
+    ready = {"attention_mask": torch.ones(1, 8, dtype=torch.bool), "position_ids": torch.arange(8)[None]}
+    try:
+        with torch.no_grad():
+            wanted = llm.eval()(input_ids=ids).logits  # (1, 8, vocabulary)
+            embeds = llm.get_input_embeddings()(ids)
+            hidden = llm.get_decoder()(inputs_embeds=embeds, use_cache=False, **ready).last_hidden_state
+            head = llm.get_output_embeddings()
+            got = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    except Exception as error:  # a model that takes no embeddings or positions says so in its own way
+        raise CheckpointError(
+            f"{path}: {llm.config.model_type} can't run on embeddings ({_line(error)})", "choose another language model"
+        ) from error
+    if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+        raise CheckpointError(
+            f"{path}: {llm.config.model_type} computes more than its head on its decoder's output",
+            "choose a language model whose logits are the head's own output, as Llama's, Phi's and Qwen's are",
+        )
+
+
+def _tower_config(towers: Sequence[Any]) -> dict[str, Any]:
+    """Configuration of the model's tower: a tower's own, or a mixture's."""
+    configs = [tower.config.to_dict() for tower in towers]
+    if len(configs) == 1:
+        return dict(configs[0])
+    return {"model_type": MOF_TYPE, "first": configs[0], "second": configs[1]}
+
+
+def _text_config(llm: Any, spec: ModelSpec) -> dict[str, Any]:
+    """The language model's configuration, with what the class doesn't tell: a head's bias, positions that are used."""
+    config = dict(llm.config.to_dict())
+    if llm.get_output_embeddings().bias is not None:
+        config["head_bias"] = True
+    if is_rotary(llm.config):  # so that every file made from it says how far the model was trained
+        config["max_position_embeddings"] = max(config["max_position_embeddings"], spec.max_length)
+    return config
+
+
+def _copy(model: TinyLlava, towers: Sequence[Any], llm: Any) -> None:
     """The backbones' tensors into the model; every one must find its place."""
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    own = model.model.vision_tower
+    for module, tower in zip([own] if len(towers) == 1 else [own.first, own.second], towers, strict=True):
+        module.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(llm.get_decoder().state_dict())
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
 

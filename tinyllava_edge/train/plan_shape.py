@@ -8,6 +8,7 @@ from torch import nn
 
 from ..model import TinyLlava
 from ..spec import ModelSpec
+from ..towers import TOWERS
 from .memory_plan import CHUNK, NONE, Adapters, Counts, Shape, Stack
 from .parts import Mode, adapted, adapter_size, layer_of, modes, part_of
 from .plan_data import Lengths
@@ -45,7 +46,7 @@ def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
         llm_trained=head.requires_grad,
         vocabulary=head.shape[0],
         image_size=spec.image_size,
-        patches=spec.patches + (spec.vision_family in ("clip", "dinov2")),
+        patches=spec.patches + TOWERS[spec.vision_family].class_token,
         visual_tokens=spec.visual_tokens,
         llm_adapters=given if wanted["llm"].adapts else NONE,
         tower_adapters=given if wanted["tower"].adapts else NONE,
