@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .. import __version__
 from .. import checkpoint as checkpoints
@@ -26,12 +27,15 @@ from ..errors import StorageError, TinyLlavaEdgeError
 from ..files import sha256_tree, write_json
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
-from .engine import StageTrainer, arguments, open_work
+from .engine import StageTrainer, arguments, newest_state
+from .engines import Engine
+from .faults import AGAIN, explained
 from .objective import Objective, freeze
 from .pictures import CACHE_BYTES
-from .progress import Interrupted, InterruptOnce, Meter, Watch
+from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
 from .score import score
+from .signals import Signals
 
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
@@ -106,6 +110,7 @@ def train(
     cache_bytes: int = CACHE_BYTES,
     workers: int = 0,
     device: str | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
@@ -122,18 +127,20 @@ def train(
         cache_bytes: the most that cached tower features may take.
         workers: processes that decode pictures when features are not cached.
         device: `cpu` or `cuda`; by default a GPU where there is one.
+        engine: how states are divided over processes, from `engines.choose`; `ddp` by default.
         progress: draw a progress line on stderr.
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
-        Interrupted: Ctrl-C; the hint says how to go on.
-        TinyLlavaEdgeError: the loss is not finite.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; the hint says how to go on.
+        TinyLlavaEdgeError: the loss is not finite, or another process of the run died.
     """
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
     work = work_directory(out)
-    settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers)
+    engine = engine or Engine()
+    settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers, engine)
     start.model.to(settings.device)
     progress = progress and settings.should_save  # of several processes, one talks and writes
     meter = Meter(progress)
@@ -143,11 +150,9 @@ def train(
     )  # fmt: skip
     source_sha256 = sha256_tree(checkpoint)
     job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
-    with settings.main_process_first():
-        state = open_work(work, job, resume or not settings.should_save)
-
+    state = newest_state(work, job, resume, settings)
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, settings, state, watch)
+    trainer = _fit(start, stage, prepared, settings, state, watch, engine)
     done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     trained = _whole(trainer, start)
@@ -188,6 +193,7 @@ def _fit(
     settings: TrainingArguments,
     state: Path | None,
     watch: Watch,
+    engine: Engine,
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
     model = start.model
@@ -195,9 +201,10 @@ def _fit(
     freeze(model, stage)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = StageTrainer(Objective(model), settings, prepared, watch)
+    trainer = StageTrainer(Objective(model), settings, prepared, watch, engine)
+    signals = Signals(watch)
     try:
-        with InterruptOnce(watch), warnings.catch_warnings():
+        with signals, explained(stage.name, Path(settings.output_dir)), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers warns of its own attributes
             trainer.train(resume_from_checkpoint=str(state) if state else None)
     except KeyboardInterrupt:
@@ -205,8 +212,9 @@ def _fit(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
         raise Interrupted(
-            f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {settings.output_dir}",
-            "run the same command again to go on from there",
+            f"stage {stage.name}: interrupted at step {step} of {steps} by {signals.name()}; states are kept in "
+            f"{settings.output_dir}",
+            AGAIN,
         )
     if watch.reason == "loss":
         raise TinyLlavaEdgeError(
@@ -216,14 +224,18 @@ def _fit(
 
 
 def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-    """The trained model as one; where its parameters are spread over devices, the writing process gathers them."""
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    """The trained model as one; where its parameters are divided over processes, the writing process gathers them."""
+    if trainer.engine.name == "ddp":
         return start
-    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    gathered = trainer.whole_weights()
+    unset_hf_deepspeed_config()  # loading would divide the weights again
     if not trainer.args.should_save:
         return start
     model = checkpoints.load(start.root).model
-    model.load_state_dict({name.removeprefix("model."): value for name, value in gathered.items()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in gathered:
+                parameter.copy_(gathered[name])
     return dataclasses.replace(start, model=model)
 
 
