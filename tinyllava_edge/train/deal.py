@@ -1,9 +1,9 @@
 """The same batches on any number of processes, and a gradient for every trained weight in each of them.
 
-Packs are dealt to processes in the order of one process, so that step k trains on the same packs everywhere. Two kinds of
-rows carry no answer: they fill up an epoch's short last batch where it can't be split evenly, and they bring a picture
-into a batch of text alone, whose tower and connector would otherwise have no gradient (or, where weights are divided,
-leave the other processes waiting).
+Packs are dealt to processes in the order of one process, so that step k trains on the same packs everywhere. Two kinds
+of rows carry no answer: they fill up an epoch's short last batch where it can't be split evenly, and they bring a
+picture into a batch of text alone, whose tower and connector would otherwise have no gradient (or, where weights are
+divided, leave the other processes waiting).
 """
 
 from __future__ import annotations
@@ -78,4 +78,3 @@ class DealtSampler(Sampler[int]):
         for last in self.order:
             yield last
         yield from [-1 - last] * (len(self) - len(self.order))
-

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,12 @@ def _prepare_libraries(engine: Engine, device: str) -> None:
             import deepspeed
         if engine.deepspeed and device == "cpu":
             if torch.cuda.is_available():
-                raise UsageError(f"engine {engine.name} runs on the GPU that is there", "hide it: CUDA_VISIBLE_DEVICES=")
+                raise UsageError(
+                    f"engine {engine.name} runs on the GPU that is there", "hide it: CUDA_VISIBLE_DEVICES="
+                )
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at run time
+    if engine.deepspeed:  # it warns that Trainer accumulates gradients itself, which is as it should be
+        logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     if engine.deepspeed and "RANK" not in os.environ:  # one process without a launcher, for offloading
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
@@ -147,7 +153,7 @@ class StageTrainer(Trainer):
     @property
     def named(self) -> dict[str, nn.Parameter]:
         """Name → what is trained, as the engine holds it."""
-        return self.objective.trainable()
+        return {name: p for name, p in self.objective.model.named_parameters() if p.requires_grad}
 
     @property
     def spread(self) -> Spread:
@@ -157,13 +163,15 @@ class StageTrainer(Trainer):
         return (Dtensors if self.engine.name == "fsdp" else Whole)(self.named, self.optimizer)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Every trained weight, whole, in float32 on the CPU of the writing process; empty on the others. Collective."""
+        """Every trained weight, whole, float32, on the writing process; nothing on the others. Collective."""
         named, spread, keep = self.named, self.spread, self.args.should_save
         found: dict[str, torch.Tensor] = {}
-        for name, parameter in named.items():
-            tensor = spread.weight(parameter)
-            if keep:
-                found[name] = tensor.float().cpu()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls what PyTorch has renamed
+            for name, parameter in named.items():
+                tensor = spread.weight(parameter)
+                if keep:
+                    found[name] = tensor.float().cpu()
         return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

@@ -98,7 +98,9 @@ def choose(name: str = "ddp", *, offload: bool = False, config: Path | None = No
         raise UsageError(f"unknown engine {name!r}", f"known: {', '.join(ENGINES)}")
     if name in ("ddp", "fsdp"):
         if config is not None:
-            raise UsageError(f"{config}: engine {name} takes no file", "the file is DeepSpeed's: --engine zero2 or zero3")
+            raise UsageError(
+                f"{config}: engine {name} takes no file", "the file is DeepSpeed's: --engine zero2 or zero3"
+            )
         if offload and name == "ddp":
             raise UsageError("engine ddp divides nothing, so --offload has no use", "--engine zero2, zero3 or fsdp")
         return Engine(name, offload)
@@ -115,7 +117,9 @@ def _own(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: can't be read as JSON ({error})", "compare with the files in train/deepspeed") from error
+        raise UsageError(
+            f"{path}: can't be read as JSON ({error})", "compare with the files in train/deepspeed"
+        ) from error
     zero = value.get("zero_optimization") if isinstance(value, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if f"zero{stage}" != name:

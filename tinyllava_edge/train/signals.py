@@ -1,8 +1,8 @@
 """How a run is asked to stop, and how several processes stop at the same step.
 
-Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (Slurm's `--signal=USR1@SECONDS`) ask for an orderly stop: the step is finished, the
-state saved, and the command leaves with exit code 1. A second Ctrl-C ends it at once. A signal that reaches one process
-reaches all: after each step they compare notes, three numbers each.
+Ctrl-C (SIGINT), SIGTERM and SIGUSR1 (Slurm's `--signal=USR1@SECONDS`) ask for an orderly stop: the step is finished,
+the state saved, and the command leaves with exit code 1. A second Ctrl-C ends it at once. A signal that reaches one
+process reaches all: after each step they compare notes, three numbers each.
 """
 
 from __future__ import annotations

@@ -137,9 +137,7 @@ class ZeroParts:
     def _flat(self) -> list[torch.Tensor]:
         """The float32 partitions that the inner optimiser steps."""
         stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
-        return list(
-            self.zero.fp32_partitioned_groups_flat if stage_3 else self.zero.single_partition_of_fp32_groups
-        )
+        return list(self.zero.fp32_partitioned_groups_flat if stage_3 else self.zero.single_partition_of_fp32_groups)
 
     def _steps(self) -> int:
         return max((int(self.zero.optimizer.state.get(flat, {}).get("step", 0)) for flat in self._flat()), default=0)
@@ -184,4 +182,3 @@ class ZeroParts:
             utils.safe_set_local_optimizer_state(parameter, part, key)
         else:
             utils.safe_set_local_fp32_param(parameter, part)
-

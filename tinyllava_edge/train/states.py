@@ -1,4 +1,4 @@
-"""Saved states of a run: what was trained, the optimiser's moments and the trainer's counters. safetensors and JSON only.
+"""Saved states of a run: trained weights, the optimiser's moments, the trainer's counters. safetensors and JSON only.
 
 {out}.work/
     job.json                        what is trained, on what, from where: another job's states are refused

@@ -209,6 +209,8 @@ def _fit(
             trainer.train(resume_from_checkpoint=str(state) if state else None)
     except KeyboardInterrupt:
         watch.reason = "interrupt"
+    finally:
+        unset_hf_deepspeed_config()  # under ZeRO-3 the next checkpoint that is loaded would be divided too
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
         raise Interrupted(
@@ -228,7 +230,6 @@ def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.
     if trainer.engine.name == "ddp":
         return start
     gathered = trainer.whole_weights()
-    unset_hf_deepspeed_config()  # loading would divide the weights again
     if not trainer.args.should_save:
         return start
     model = checkpoints.load(start.root).model
