@@ -1,7 +1,7 @@
 """Trains cases in a row, as one process of several: `torchrun engines_child.py CASES.json RESULTS.json`.
 
 A case: stage, engine, offload, start, data, images, out, cache, and `stop`: a process and the number of its batch in
-which it gets a SIGTERM.
+which it gets a SIGTERM. `pids`: a directory for the number of each process.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGTERM)
         return REAL(self, packs)
 
+    if "pids" in case:
+        (Path(case["pids"]) / f"{RANK}.pid").write_text(str(os.getpid()))
     StageData.batch = batch  # type: ignore[method-assign]
     (recipe,) = recipe_from({"name": "x", "stages": [case["stage"]]}, "test").stages
     paths = [Path(case[name]) for name in ("data", "images", "out")]
