@@ -6,6 +6,7 @@ Everything is imported once, and each training is a forked process: what kills i
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -85,9 +86,7 @@ def training(job: dict[str, Any], out: Path, moment: str) -> int:
         (recipe,) = recipe_from({"name": "x", "stages": [job["stage"]]}, "test").stages
         said: dict[str, Any] = {}
         try:
-            result = train(
-                Path(job["start"]), recipe, Path(job["data"]), Path(job["images"]), out, progress=False
-            )
+            result = train(Path(job["start"]), recipe, Path(job["data"]), Path(job["images"]), out, progress=False)
             said, code = {"resumed_from": result.resumed_from, "losses": result.losses}, 0
         except TinyLlavaEdgeError as error:
             said, code = {"error": error.message, "hint": error.hint, "kind": type(error).__name__}, error.exit_code
@@ -99,11 +98,15 @@ def training(job: dict[str, Any], out: Path, moment: str) -> int:
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(sys.argv[1]).parent
+    gc.freeze()  # a fork's collector needn't look at what was imported
     training(job, folder / "whole", "")
     for moment in MOMENTS:
         out = folder / moment.replace(" ", "-")
         first = training(job, out, moment)
-        record = {"signal": os.WTERMSIG(first) if os.WIFSIGNALED(first) else 0, "exit": os.waitstatus_to_exitcode(first)}
+        record = {
+            "signal": os.WTERMSIG(first) if os.WIFSIGNALED(first) else 0,
+            "exit": os.waitstatus_to_exitcode(first),
+        }
         said = out.with_name(f"{out.name}.said.json")
         record |= {"said": json.loads(said.read_text()) if said.exists() else None, "existed": out.exists()}
         work = out.with_name(f"{out.name}.work")

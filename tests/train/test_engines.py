@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import tinyllava_edge
+from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DependencyError, UsageError
 from tinyllava_edge.train import engine as trainer_engine
 from tinyllava_edge.train import engines
@@ -102,6 +103,13 @@ def ran(tiny_checkpoint: Path, files: Files, both: Path, tmp_path_factory: pytes
     for k, name in enumerate(CHAIN):
         stop = {"stop": [k % 2, 4]} if k + 1 < len(CHAIN) else {}  # one process gets a signal in its fourth batch
         cases[f"chain-{k}"] = {**common, **stop, "engine": name, "stage": plain["llm"], "out": str(folder / "chain")}
+    loaded = checkpoints.load(tiny_checkpoint)
+    with torch.no_grad():
+        loaded.model.lm_head.weight[5, 5] = float("inf")
+    checkpoints.save(loaded.model, loaded.tokenizer, loaded.spec, folder / "broken")
+    for name in ("ddp", "zero2"):
+        broken = {"start": str(folder / "broken"), "out": str(folder / f"{name}-broken")}
+        cases[f"{name}-broken"] = {**common, **broken, "engine": name, "stage": plain["connector"]}
     (folder / "cases.json").write_text(json.dumps(list(cases.values())))
     done = launch(CHILD, [str(folder / "cases.json"), str(folder / "results.json")])
     assert done.returncode == 0, done.stderr[-6000:]
@@ -148,6 +156,14 @@ def test_each_engine_goes_on_from_another_ones_state(ran: Ran) -> None:
     last = ran.results[f"chain-{len(CHAIN) - 1}"]
     assert last["resumed_from"] == reached[2] and last["losses"] == pytest.approx(ran.alone["llm"].losses, rel=LOSS)
     same_weights(ran.folder / "alone-llm", ran.folder / "chain")
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_a_loss_that_is_not_finite_stops_every_process(ran: Ran, name: str) -> None:
+    for results in (ran.results, ran.other_rank):
+        stopped = results[f"{name}-broken"]
+        assert re.search(r"the loss at step 1 is (nan|inf)", stopped["error"]) and stopped["exit"] == 1
+    assert not (ran.folder / f"{name}-broken").exists()
 
 
 def test_each_setting_has_a_file_that_says_the_same() -> None:

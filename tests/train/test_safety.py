@@ -1,9 +1,10 @@
-"""Nothing is lost: kill -9 at any moment, a full disk, a changed byte, a dead worker or process, a scheduler's signal."""
+"""Nothing is lost: kill -9 at any moment, full disk, changed byte, dead worker or process, a scheduler's signal."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def test_a_full_disk_is_said_and_the_state_before_is_kept(moments: Path) -> None
     assert record["states"] == ["checkpoint-3"]
     assert record["second"] == 0 and record["again"]["resumed_from"] == 3
     equal_files(moments / "full-disk", moments / "whole")
+
+
+def test_dropout_is_the_same_after_going_on(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing random is saved: it follows from seed and step."""
+    start = tmp_path / "start"
+    shutil.copytree(tiny_checkpoint, start)
+    config = json.loads((start / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.2
+    (start / "config.json").write_text(json.dumps(config))
+    whole = train(start, STAGE, files.qa, files.images, tmp_path / "whole", progress=False)
+    without = train(tiny_checkpoint, STAGE, files.qa, files.images, tmp_path / "without", progress=False)
+    assert whole.losses != without.losses
+    interrupted(start, files, tmp_path / "run", monkeypatch, 5)
+    result = train(start, STAGE, files.qa, files.images, tmp_path / "run", progress=False)
+    assert 0 < result.resumed_from < 8 and result.losses == whole.losses
+    equal_files(tmp_path / "whole", tmp_path / "run")
 
 
 def interrupted(start: Path, files: Files, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> Path:
@@ -226,9 +245,7 @@ def test_a_dead_process_ends_all_and_the_same_command_goes_on(
     assert child.returncode == 1 and "-9" in said
     (first,) = json.loads((tmp_path / "results.0.json").read_text())
     assert "another process of this run is gone" in first["error"] and "same command again" in first["hint"]
-    done = train(
-        tiny_checkpoint, stage, files.qa, files.images, tmp_path / "run", progress=False, max_seconds=0.0
-    )
+    done = train(tiny_checkpoint, stage, files.qa, files.images, tmp_path / "run", progress=False, max_seconds=0.0)
     assert done.resumed_from >= 4 and len(done.losses) == done.resumed_from + 1
 
 
