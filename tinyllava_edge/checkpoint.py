@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Checkpoint:
 def save(model: TinyLlava, tokenizer: Any, spec: ModelSpec, out: Path, *, force: bool = False) -> None:
     """Write a checkpoint directory, whole or not at all. Raises StorageError if `out` exists and `force` is off."""
     with new_directory(out, force=force) as temporary:
-        with quiet():
+        with quiet(), contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's import, if it is installed, talks
             model.save_pretrained(temporary, safe_serialization=True)
         config = read_json(temporary / "config.json")
         if config["model_type"] != MODEL_TYPE:  # transformers writes our class's name, which other programs don't know

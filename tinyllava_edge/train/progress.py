@@ -1,13 +1,10 @@
-"""What a person sees while a stage trains (on stderr), and how Ctrl-C, a time limit and a broken loss end it."""
+"""What a person sees while a stage trains (on stderr), and how a time limit and a broken loss end it."""
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
-from types import FrameType, TracebackType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,7 +16,7 @@ REDRAW_SECONDS = 0.2
 
 
 class Interrupted(TinyLlavaEdgeError):
-    """Ctrl-C ended a stage in good order; its state is kept."""
+    """Ctrl-C or another signal ended a stage in good order; its state is kept."""
 
 
 class Meter:
@@ -100,29 +97,6 @@ class Watch(TrainerCallback):
             f"{rate:.0f} images/s  {_clock(seconds)} in all",
             last=True,
         )
-
-
-class InterruptOnce:
-    """Within the block the first Ctrl-C asks for an orderly stop, and the second one interrupts at once."""
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-        self.before: Any = None
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGINT, self._stop)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.watch.reason == "interrupt":
-            raise KeyboardInterrupt
-        self.watch.reason = "interrupt"
 
 
 def _clock(seconds: float) -> str:

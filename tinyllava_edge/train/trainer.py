@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .. import __version__
 from .. import checkpoint as checkpoints
@@ -27,13 +28,15 @@ from ..files import sha256_tree, write_json
 from . import adapters
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
-from .engine import StageTrainer, arguments, open_work
-from .objective import Objective
-from .parts import adapts, freeze
+from .engine import StageTrainer, arguments, newest_state
+from .engines import Engine
+from .faults import AGAIN, explained
+from .objective import Objective, freeze
 from .pictures import CACHE_BYTES
-from .progress import Interrupted, InterruptOnce, Meter, Watch
+from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
 from .score import score
+from .signals import Signals
 
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
@@ -114,6 +117,7 @@ def train(
     cache_bytes: int = CACHE_BYTES,
     workers: int = 0,
     device: str | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
@@ -131,19 +135,22 @@ def train(
         cache_bytes: the most that cached tower features may take.
         workers: processes that decode pictures when features are not cached.
         device: `cpu` or `cuda`; by default a GPU where there is one.
+        engine: how states are divided over processes, from `engines.choose`; `ddp` by default.
         progress: draw a progress line on stderr.
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
-        Interrupted: Ctrl-C; the hint says how to go on.
-        TinyLlavaEdgeError: the loss is not finite.
+        Interrupted: Ctrl-C, SIGTERM or SIGUSR1; the hint says how to go on.
+        TinyLlavaEdgeError: the loss is not finite, or another process of the run died.
     """
     work, kept = work_directory(out), adapter_directory(out)
     for path in (out, kept) if adapts(stage) and not work.exists() else (out,):
         if path.exists() and not force:
             raise StorageError(f"{path} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
-    settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers)
+    work = work_directory(out)
+    engine = engine or Engine()
+    settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers, engine)
     start.model.to(settings.device)
     progress = progress and settings.should_save  # of several processes, one talks and writes
     meter = Meter(progress)
@@ -153,13 +160,9 @@ def train(
     )  # fmt: skip
     source_sha256 = sha256_tree(checkpoint)
     job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
-    if adapter is not None:
-        job["adapter_sha256"] = sha256_tree(adapter)
-    with settings.main_process_first():
-        state = open_work(work, job, resume or not settings.should_save)
-
+    state = newest_state(work, job, resume, settings)
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, settings, state, watch, adapter)
+    trainer = _fit(start, stage, prepared, settings, state, watch, engine)
     done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     origin = {"source": str(checkpoint), "source_sha256": source_sha256}
@@ -201,7 +204,7 @@ def _fit(
     settings: TrainingArguments,
     state: Path | None,
     watch: Watch,
-    adapter: Path | None,
+    engine: Engine,
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
     model = start.model
@@ -212,18 +215,22 @@ def _fit(
         adapters.load(model, adapter)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer = StageTrainer(Objective(model), settings, prepared, watch)
+    trainer = StageTrainer(Objective(model), settings, prepared, watch, engine)
+    signals = Signals(watch)
     try:
-        with InterruptOnce(watch), warnings.catch_warnings():
+        with signals, explained(stage.name, Path(settings.output_dir)), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers warns of its own attributes
             trainer.train(resume_from_checkpoint=str(state) if state else None)
     except KeyboardInterrupt:
         watch.reason = "interrupt"
+    finally:
+        unset_hf_deepspeed_config()  # under ZeRO-3 the next checkpoint that is loaded would be divided too
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
         raise Interrupted(
-            f"stage {stage.name}: interrupted at step {step} of {steps}; states are kept in {settings.output_dir}",
-            "run the same command again to go on from there",
+            f"stage {stage.name}: interrupted at step {step} of {steps} by {signals.name()}; states are kept in "
+            f"{settings.output_dir}",
+            AGAIN,
         )
     if watch.reason == "loss":
         raise TinyLlavaEdgeError(
@@ -232,23 +239,18 @@ def _fit(
     return trainer
 
 
-def _whole(
-    trainer: StageTrainer, start: checkpoints.Checkpoint, stage: StageRecipe, origin: Mapping[str, str], kept: Path
-) -> checkpoints.Checkpoint:
-    """The trained model as one: gathered where its parameters are spread over devices, adapters saved and merged."""
-    spread = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if not spread and not adapts(stage):
+def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    """The trained model as one; where its parameters are divided over processes, the writing process gathers them."""
+    if trainer.engine.name == "ddp":
         return start
-    found = trainer.accelerator.get_state_dict(trainer.model_wrapped) if spread else trainer.model.state_dict()
+    gathered = trainer.whole_weights()
     if not trainer.args.should_save:
         return start
     model = checkpoints.load(start.root).model
-    if adapts(stage):
-        tensors = {name.removeprefix("model."): found[name] for name in sorted(trainer.trained)}
-        adapters.save(tensors, stage, kept, origin, force=True)
-        adapters.merge(model, kept)
-    else:
-        model.load_state_dict({name.removeprefix("model."): value for name, value in found.items()})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in gathered:
+                parameter.copy_(gathered[name])
     return dataclasses.replace(start, model=model)
 
 
