@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from ..files import sha256_tree, write_json
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, open_work
+from .monitor import Monitor, attach
 from .objective import Objective, freeze
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, InterruptOnce, Meter, Watch
 from .recipes import StageRecipe
 from .score import score
+from .throughput import count_parts
 
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
@@ -69,7 +72,17 @@ class TrainResult:
     seconds: float
     """time of training in this call, without loading and caching"""
     images_per_s: float
-    """pictures per second of training in this call"""
+    """pictures per second of training in this call, without saving states and answering samples"""
+    tokens_per_s: float
+    """positions per second likewise, picture slots included, padding not"""
+    mfu: float | None
+    """model FLOPs utilisation in this call, 0 to 1, recomputation not counted; None where the peak isn't known"""
+    memory_bytes: int
+    """a GPU's largest reserved memory, or the process's at the end; of the process that writes"""
+    devices: int
+    """processes that trained, one device each"""
+    parts: dict[str, dict[str, int]]
+    """tower, connector, llm → parameters, and those that were trained"""
     final_loss: float
     """mean loss over the last 20 steps, in nats per answer token"""
     losses: tuple[float, ...]
@@ -107,6 +120,7 @@ def train(
     workers: int = 0,
     device: str | None = None,
     progress: bool = True,
+    monitor: Monitor = Monitor(),  # noqa: B008  frozen
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
 
@@ -123,12 +137,14 @@ def train(
         workers: processes that decode pictures when features are not cached.
         device: `cpu` or `cuda`; by default a GPU where there is one.
         progress: draw a progress line on stderr.
+        monitor: what is logged where, and which answers are shown; nothing of it changes what is trained.
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
         Interrupted: Ctrl-C; the hint says how to go on.
         TinyLlavaEdgeError: the loss is not finite.
     """
+    monitor.check()
     if out.exists() and not force:
         raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
@@ -147,8 +163,9 @@ def train(
         state = open_work(work, job, resume or not settings.should_save)
 
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, settings, state, watch)
-    done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
+    shown = partial(attach, monitor, data=eval_data or data, images=images, out=out)
+    trainer = _fit(start, stage, prepared, settings, state, watch, shown)
+    seconds, rates, parts = watch.seconds, watch.throughput.whole, count_parts(start.model)
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     trained = _whole(trainer, start)
     scored = None
@@ -168,7 +185,12 @@ def train(
         steps=trainer.state.global_step,
         resumed_from=watch.first_step,
         seconds=seconds,
-        images_per_s=done * stage.batch_size / seconds if seconds else 0.0,
+        images_per_s=rates.images_per_s,
+        tokens_per_s=rates.tokens_per_s,
+        mfu=rates.mfu,
+        memory_bytes=watch.memory,
+        devices=settings.world_size,
+        parts=parts,
         final_loss=sum(losses[-LAST:]) / max(1, len(losses[-LAST:])),
         losses=losses,
         stopped_early=watch.reason,
@@ -188,6 +210,7 @@ def _fit(
     settings: TrainingArguments,
     state: Path | None,
     watch: Watch,
+    shown: Callable[..., None],
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
     model = start.model
@@ -196,12 +219,15 @@ def _fit(
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = StageTrainer(Objective(model), settings, prepared, watch)
+    shown(trainer=trainer, watch=watch, start=start, stage=stage)
     try:
         with InterruptOnce(watch), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers warns of its own attributes
             trainer.train(resume_from_checkpoint=str(state) if state else None)
     except KeyboardInterrupt:
         watch.reason = "interrupt"
+    finally:
+        watch.close()
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
         raise Interrupted(
