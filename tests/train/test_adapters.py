@@ -168,6 +168,25 @@ def test_qlora_is_merged_into_the_whole_weights(tiny_checkpoint: Path, files: Fi
     assert sizes[0] > 1e-4 and sizes[8] < 1e-3 * sizes[0]
 
 
+def test_an_answer_in_between_leaves_4_bit_gradients_alone(tiny_checkpoint: Path, files: Files) -> None:
+    """bitsandbytes repacks 4-bit weights for inference where a CPU has bf16 instructions, and then loses gradients."""
+    stage = override(LORA, {"llm": "qlora", "lora_dropout": 0.0})
+    start = checkpoints.load(tiny_checkpoint)
+    data = prepare(start, stage, files.qa, files.images)
+    adapters.put_in(start.model, stage)
+    freeze(start.model, stage)
+    weight = start.model.model.multi_modal_projector.linear_1.weight
+    found = []
+    for _ in range(2):
+        Objective(start.model).train()(**data.batch(data.packs[:2]))["loss"].backward()
+        found.append(weight.grad.clone())
+        start.model.zero_grad()
+        with torch.inference_mode():
+            Objective(start.model).eval()(**data.batch(data.packs[:2]))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_qlora_without_its_package(
     tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
 from tinyllava_edge.train import engine
 from tinyllava_edge.train.dataset import StageData
 from tinyllava_edge.train.engine import WHOLE
+from tinyllava_edge.train.monitor import Monitor
 from tinyllava_edge.train.recipes import StageRecipe, override
 from tinyllava_edge.train.trainer import TrainResult, train, work_directory
 
@@ -32,7 +33,8 @@ ANSWERS = StageRecipe(
 
 
 def run(start: Path, stage: StageRecipe, data: Path, files: Files, out: Path, **options: object) -> TrainResult:
-    return train(start, stage, data, files.images, out, progress=False, **options)  # type: ignore[arg-type]
+    quiet = {"progress": False, "monitor": Monitor(track=(), samples=0)}
+    return train(start, stage, data, files.images, out, **{**quiet, **options})  # type: ignore[arg-type]
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -81,6 +81,7 @@ def _quantise(model: TinyLlava, names: list[str], precision: str) -> None:
             linear.weight.detach().cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # else an answer in between repacks it for good, without gradients
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, packed.to(device))
     model.is_loaded_in_4bit = True  # PEFT asks for it before it takes its 4-bit layer

@@ -21,7 +21,6 @@ import torch
 from ..data.llava_json import Row
 from ..errors import UsageError
 from .encode import Encoded, Encoder
-from .source import picture_names
 
 __all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack"]
 
@@ -79,8 +78,7 @@ def pack(rows: Sequence[tuple[Row, Encoded]], max_turns: int) -> list[Pack]:
     """Packs of rows that are in memory, as `group` makes them; pictures are numbered as they come."""
     numbers: dict[str, int] = {}
     images = [
-        tuple(numbers.setdefault(name, len(numbers)) for name in picture_names(row)[: encoded.images])
-        for row, encoded in rows
+        tuple(numbers.setdefault(name, len(numbers)) for name in row.images[: encoded.images]) for row, encoded in rows
     ]
     able = [found[0] if encoded.shared else -1 for found, (_, encoded) in zip(images, rows, strict=True)]
     order, ends = group(np.array(able, np.int64), max_turns)

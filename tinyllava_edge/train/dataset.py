@@ -55,6 +55,8 @@ class StageData(Dataset[Pack]):
     """hash of the data files, and of the names and fingerprints of the pictures"""
     pack_length: int = 0
     """positions of a sequence that packs stand in end to end; 0 gives each pack its own"""
+    group_by_length: bool = True
+    """whether packs of like length come in the same batch"""
     varlen: bool = False
     """whether a batch is one sequence for FlashAttention, without a mask"""
 
@@ -77,27 +79,26 @@ class StageData(Dataset[Pack]):
         tensors = collate(packs, self.pad_id, pack_length=length, varlen=self.varlen)
         return {**tensors, **(self.pictures(pictures) if pictures else {})}
 
-    def sampler(self, batch: int, seed: int, *, group: bool = True) -> PackSampler:
+    def sampler(self, batch: int, seed: int) -> PackSampler:
         """Every epoch's order in batches of `batch` packs over all processes."""
         sizes = self.packs.sizes
 
         def order(epoch: int) -> Any:
             return self.source.order(sizes, seed, epoch)
 
-        return PackSampler(self.packs.lengths, batch, seed, order=order, group=group)
+        return PackSampler(self.packs.lengths, batch, seed, order=order, group=self.group_by_length)
 
 
 def prepare(
     checkpoint: Checkpoint,
     stage: StageRecipe,
     data: Path | Sequence[Path],
-    images: Path,
+    images: Path | Sequence[Path],
     *,
-    max_bad: int = 0,
+    max_bad: int | float = 0,
     cache_bytes: int = CACHE_BYTES,
     on_progress: Callable[[int, int], None] | None = None,
     cache: Path | None = None,
-    pack_length: int = 0,
     varlen: bool = False,
     feature_dtype: str = "float32",
     say: Callable[[str], None] | None = None,
@@ -110,7 +111,6 @@ def prepare(
     Args:
         cache: where tokens and features are kept; by default a temporary directory, removed with the data.
         cache_bytes: the most that features in `cache` may take; beyond it pictures are decoded for each batch.
-        pack_length: positions of a sequence that packs stand in end to end; 0 gives each pack its own.
         varlen: batches for FlashAttention, one sequence without a mask.
         feature_dtype: `float32`, `bfloat16` or `float16`, in which features are kept.
         say: takes one line for people; by default it goes to stderr.
@@ -159,7 +159,9 @@ def prepare(
             raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
         image_id = int(checkpoint.model.config.image_token_id)
         sha256 = hashlib.sha256(f"{store.meta['data']}\n{store.meta['pictures_sha256']}".encode()).hexdigest()
-        ready = StageData(packs, pictures, int(image_id == 0), source, bad, sha256, pack_length, varlen)
+        ready = StageData(
+            packs, pictures, int(image_id == 0), source, bad, sha256, stage.pack_length, stage.group_by_length, varlen
+        )
         if temporary:
             weakref.finalize(ready, _remove, temporary, os.getpid())
             temporary = None

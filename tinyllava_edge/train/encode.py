@@ -19,7 +19,6 @@ from ..data.llava_json import Row
 from ..errors import CheckpointError, DataError
 from ..prompt import IMAGE_MARKER, EndOfTurn, Image, Section, Template, build, sections
 from ..tokenizer_sections import SectionTokenizer
-from .source import picture_names
 
 Ids = npt.NDArray[np.int32]
 Marks = npt.NDArray[np.bool_]
@@ -89,7 +88,7 @@ class Encoder:
 
     def compact(self, row: Row) -> Compact:
         """As `encode`, with one id for each picture. Raises DataError as it does."""
-        wanted = len(picture_names(row))
+        wanted = len(row.images)
         if self.template.caption_only and wanted != 1:
             found = "several pictures" if wanted else "a picture"
             raise DataError(

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from ..errors import StorageError, UsageError
 from .dataset import PackSampler, StageData
-from .deal import DealtData, DealtSampler
+from .deal import DealtData
 from .engines import Engine, check_launch, processes
 from .objective import Objective
 from .progress import Watch
@@ -134,10 +134,8 @@ class StageTrainer(Trainer):
         engine: Engine | None = None,
     ) -> None:
         self.engine = engine or Engine()
-        at_once = settings.per_device_train_batch_size * settings.world_size
-        batch = at_once * settings.gradient_accumulation_steps
-        self.order = PackSampler([item.length for item in data.packs], batch, settings.seed)
-        self.dealt = DealtSampler(self.order, at_once if settings.world_size > 1 else 1)
+        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * settings.world_size
+        self.order = data.sampler(batch, settings.seed)
         dealt = DealtData(data, settings.world_size)
         super().__init__(
             model=objective,
@@ -175,7 +173,7 @@ class StageTrainer(Trainer):
         return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self.dealt
+        return self.order
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: `_prepare_for_training` reads our states, for every engine."""

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_flash_attn_2_available
 
+from ..errors import UsageError
 from ..model import TinyLlava
 from .collate import IGNORED
 from .memory_plan import CHUNK
+from .recipes import StageRecipe
 
 
 class Objective(nn.Module):
@@ -111,3 +114,21 @@ class Objective(nn.Module):
 def batch_to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch on another device."""
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def attention_of(stage: StageRecipe, device: torch.device, half: bool) -> str:
+    """Which attention the language model runs, as transformers names it: `sdpa` or `flash_attention_2`.
+
+    Args:
+        half: whether it computes in bf16.
+
+    Raises:
+        UsageError: the recipe wants FlashAttention, which is not there or can't run so.
+    """
+    fits = device.type == "cuda" and half and stage.max_turns == 1 and is_flash_attn_2_available()
+    if stage.attention == "flash" and not fits:
+        raise UsageError(
+            f"stage {stage.name}: attention = 'flash' on {device.type} in {'bf16' if half else 'fp32'}",
+            "it needs a GPU, bf16 and the package flash-attn; attention = 'auto' takes what is there",
+        )
+    return "flash_attention_2" if fits and stage.attention != "sdpa" else "sdpa"

@@ -66,16 +66,18 @@ def freeze(model: TinyLlava, stage: StageRecipe) -> None:
     """
     wanted = modes(stage)
     found = dict.fromkeys(PARTS, 0)
+    embedding = model.get_input_embeddings().weight
     for key, parameter in model.named_parameters():
         part = part_of(key)
-        parameter.requires_grad = bool(parameter.is_floating_point()) and _trains(key, wanted[part], model)
+        trains = _trains(key, wanted[part], model, parameter is embedding)
+        parameter.requires_grad = trains and parameter.is_floating_point()
         found[part] += parameter.requires_grad and layer_of(key) is not None
     for part, mode in wanted.items():
         if mode.kind == "from" and not found[part]:
             raise UsageError(f"stage {stage.name}: {part} = 'from-{mode.first}': the {part} has no such layer")
 
 
-def _trains(key: str, mode: Mode, model: TinyLlava) -> bool:
+def _trains(key: str, mode: Mode, model: TinyLlava, is_embedding: bool) -> bool:
     from ..model import is_dead
 
     if any(mark in key for mark in ADAPTERS):
@@ -85,7 +87,7 @@ def _trains(key: str, mode: Mode, model: TinyLlava) -> bool:
         return False
     if mode.kind == "from":
         layer = layer_of(key)
-        after = part_of(key) == "llm" and "embed_tokens" not in key  # the last norm and the head
+        after = part_of(key) == "llm" and not is_embedding  # the last norm and the head
         return after if layer is None else layer >= mode.first
     return mode.kind == "full"
 
@@ -124,3 +126,14 @@ def adapter_size(model: TinyLlava, stage: StageRecipe, part: str) -> int:
     """Parameters of a part's adapters: rank x (inputs + outputs) for each linear layer."""
     linear = [module for name, module in adapted(model, stage).items() if part_of(name) == part]
     return sum(stage.lora_rank * (module.in_features + module.out_features) for module in linear)
+
+
+def count_parts(model: TinyLlava, stage: StageRecipe) -> dict[str, dict[str, int]]:
+    """Part → all of its parameters, and those that the stage trains, its adapters too; before they are put in."""
+    freeze(model, stage)
+    found = {part: {"parameters": 0, "trainable": adapter_size(model, stage, part)} for part in PARTS}
+    for key, parameter in model.named_parameters():
+        own = found[part_of(key)]
+        own["parameters"] += parameter.numel()
+        own["trainable"] += parameter.numel() * parameter.requires_grad
+    return {part: found[part] for part in PARTS}

@@ -14,7 +14,6 @@ from ..errors import DataError
 from ..prompt import EndOfTurn, Image, Template, build, sections
 from .collate import pack
 from .encode import Encoded, Encoder
-from .source import picture_names
 
 CHARACTERS = 4.0  # per token, where there is no tokenizer: an assumption for English, and it is printed as one
 SAMPLE = 20_000  # rows that are tokenised; of a larger set evenly spaced pictures with all their rows
@@ -54,7 +53,7 @@ class CharacterEncoder:
 
     def encode(self, row: Row) -> Encoded:
         """Lengths as `Encoder.encode` would give them. Raises DataError as it does."""
-        wanted = len(picture_names(row))
+        wanted = len(row.images)
         if self.template.caption_only and wanted != 1:
             raise DataError(f"a caption row with {wanted} pictures", "stage 1 trains on captions; give one picture")
         marks: list[bool] = [False]
@@ -97,7 +96,7 @@ def measure(
     rows = read(data, images, max_bad=max_bad).rows
     by_picture: dict[str, list[Row]] = {}
     for number, row in enumerate(rows):
-        by_picture.setdefault("\n".join(picture_names(row)) or f"\0{number}", []).append(row)
+        by_picture.setdefault("\n".join(row.images) or f"\0{number}", []).append(row)
     step = max(1, round(len(rows) / SAMPLE))
     chosen = [row for group in list(by_picture.values())[::step] for row in group]
     encoder = (
@@ -116,7 +115,7 @@ def measure(
     return Lengths(
         rows=round(len(encoded) * scale),
         packs=round(len(packs) * scale),
-        pictures=len({name for row in rows for name in picture_names(row)}),
+        pictures=len({name for row in rows for name in row.images}),
         with_picture=sum(bool(item.images) for item in packs) / len(packs),
         positions=sum(item.length for item in packs) / len(packs),
         longest=max(item.length for item in packs),

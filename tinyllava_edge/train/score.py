@@ -44,14 +44,14 @@ def score(
     checkpoint: Checkpoint,
     stage: StageRecipe,
     data: Path | Sequence[Path],
-    images: Path,
+    images: Path | Sequence[Path],
     *,
     max_turns: int = 16,
     cache_bytes: int = CACHE_BYTES,
     cache: Path | None = None,
 ) -> Score:
     """Score the checkpoint's model in float32 on LLaVA JSON; `cache` as `prepare`. Raises DataError as `train` does."""
-    packed = replace(stage, max_turns=max_turns)
+    packed = replace(stage, max_turns=max_turns, pack_length=0)
     prepared = prepare(checkpoint, packed, data, images, cache_bytes=cache_bytes, cache=cache)
     was_training = checkpoint.model.training
     objective = Objective(checkpoint.model).eval()

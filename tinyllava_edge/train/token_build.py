@@ -21,7 +21,7 @@ from ..errors import DataError, StorageError
 from ..files import new_directory, no_space, write_json
 from .encode import Encoder
 from .locks import alone
-from .source import Source, picture_names
+from .source import Source
 from .token_store import ARRAYS, BAD, FORMAT, META, TokenStore, check, fault
 
 CHUNK = 1 << 11  # rows between two writes
@@ -170,7 +170,7 @@ class _Writer:
         self.ids.append(found.ids)
         self.marks.append(found.is_answer)
         self.row_ids.append(name)
-        for picture in picture_names(row)[: found.images]:
+        for picture in row.images[: found.images]:
             text = picture.encode()
             self.hashes.append(hashlib.blake2b(b"%d\0%b" % (of, text), digest_size=16).digest())
             self.names.append(text)

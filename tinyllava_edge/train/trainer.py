@@ -1,6 +1,6 @@
-"""Train one stage of a recipe (paper §3.2): a checkpoint and LLaVA JSON in, a checkpoint out.
+"""Train one stage of a recipe (paper §3.2): a checkpoint and conversations in, a checkpoint out.
 
-    read and check rows → cache tower features → pack → Trainer on the objective → checkpoint.save
+    read and check rows → keep tower features → pack → Trainer on the objective → checkpoint.save
 
 States are saved in `{out}.work` while it trains; the same call goes on from the newest whole one.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -24,76 +24,39 @@ from .. import __version__
 from .. import checkpoint as checkpoints
 from ..data.llava_json import BAD_ROWS_FILE, write_bad_rows
 from ..errors import StorageError, TinyLlavaEdgeError
-from ..files import sha256_tree, write_json
+from ..files import sha256_tree
 from . import adapters
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, newest_state
 from .engines import Engine
 from .faults import AGAIN, explained
-from .objective import Objective, freeze
+from .monitor import Monitor, attach
+from .objective import Objective, attention_of
+from .parts import adapts, count_parts, freeze
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
+from .record import TrainResult, read_record
 from .score import score
 from .signals import Signals
+from .source import open_source
+from .states import JOB, read_json
+from .throughput import Throughput
 
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
 LAST = 20  # steps that the final loss is the mean of
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """What a stage did; saved as `{out}.train.json`."""
-
-    checkpoint: str
-    """directory that was written"""
-    source: str
-    """checkpoint that it started from"""
-    source_sha256: str
-    """hash of that checkpoint's files"""
-    recipe: dict[str, Any]
-    """the resolved stage recipe"""
-    precision: str
-    """what ran: `bf16`, or `fp32` where the recipe or the processor wants it"""
-    data: tuple[str, ...]
-    """JSON files"""
-    data_sha256: str
-    """hash of the JSON files, and of the names and sizes of the pictures"""
-    rows: int
-    """conversations trained on"""
-    packs: int
-    """sequences that they were packed into"""
-    bad_rows: int
-    """rows left out; `{out}.bad_rows.jsonl` names them"""
-    steps: int
-    """optimiser steps in all"""
-    resumed_from: int
-    """step that this call went on from; 0 for a fresh start"""
-    seconds: float
-    """time of training in this call, without loading and caching"""
-    images_per_s: float
-    """pictures per second of training in this call"""
-    final_loss: float
-    """mean loss over the last 20 steps, in nats per answer token"""
-    losses: tuple[float, ...]
-    """loss of each step, resumed ones included"""
-    stopped_early: str
-    """`time` when max_seconds ended it, else empty"""
-    score: dict[str, Any] | None
-    """loss and exact answers on the held-out rows, when there were any"""
-    versions: dict[str, str]
-    """versions of this package, torch and transformers"""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, without the loss of each step."""
-        return {name: value for name, value in asdict(self).items() if name != "losses"}
-
-
 def work_directory(out: Path) -> Path:
     """Where the states of a run that will write `out` are kept until it ends."""
     return out.parent / f"{out.name}.work"
+
+
+def cache_directory(out: Path) -> Path:
+    """Where the tokens and tower features of that run are kept until it ends, unless it is told another place."""
+    return out.parent / f"{out.name}.cache"
 
 
 def adapter_directory(out: Path) -> Path:
@@ -105,71 +68,89 @@ def train(
     checkpoint: Path,
     stage: StageRecipe,
     data: Path | Sequence[Path],
-    images: Path,
+    images: Path | Sequence[Path],
     out: Path,
     *,
     eval_data: Path | None = None,
-    max_bad: int = 0,
+    adapter: Path | None = None,
+    max_bad: int | float = 0,
     resume: bool = True,
     force: bool = False,
-    adapter: Path | None = None,
     max_seconds: float | None = None,
+    cache: Path | None = None,
     cache_bytes: int = CACHE_BYTES,
+    feature_dtype: str = "float32",
     workers: int = 0,
     device: str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
+    monitor: Monitor = Monitor(),  # noqa: B008  frozen
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
 
     Args:
         checkpoint: what to start from: `init_checkpoint`'s output or an earlier stage's.
-        data: LLaVA JSON, one file or several.
-        images: directory that the rows' pictures are relative to.
+        data: conversations: JSON files, shards, or a mixture's TOML file (docs/data.md).
+        images: folders and archives that the rows' pictures are looked up in.
         eval_data: held-out rows to score at the end, on pictures in `images` too.
-        max_bad: bad rows to accept; they are written to `{out}.bad_rows.jsonl`.
+        adapter: what adapters of this checkpoint are trained further from; `{out}.adapter` of an earlier run.
+        max_bad: bad rows to accept, or their share below 1; they are written to `{out}.bad_rows.jsonl`.
         resume: go on from the newest whole state of the same job; False starts over.
         force: replace `out` if it exists.
-        adapter: what an earlier stage's adapters are trained further from; `{out}.adapter` of that run.
         max_seconds: stop training after this time and keep what was learnt; the learning rate is not annealed then.
+        cache: where tokens and features of a frozen tower are kept for other runs too; `{out}.cache`, which is removed
+            at the end, by default.
         cache_bytes: the most that cached tower features may take.
+        feature_dtype: `float32`, `bfloat16` or `float16`, in which they are kept.
         workers: processes that decode pictures when features are not cached.
         device: `cpu` or `cuda`; by default a GPU where there is one.
         engine: how states are divided over processes, from `engines.choose`; `ddp` by default.
         progress: draw a progress line on stderr.
+        monitor: what is logged where, and which answers are shown; nothing of it changes what is trained.
 
     Raises:
         DataError, CheckpointError, UsageError, StorageError: unusable input or output.
         Interrupted: Ctrl-C, SIGTERM or SIGUSR1; the hint says how to go on.
         TinyLlavaEdgeError: the loss is not finite, or another process of the run died.
     """
+    monitor.check()
     work, kept = work_directory(out), adapter_directory(out)
+    source_sha256 = sha256_tree(checkpoint)
+    if out.exists() and not force and (found := _finished(out, stage, source_sha256)):
+        _clean(out)
+        return found
     for path in (out, kept) if adapts(stage) and not work.exists() else (out,):
         if path.exists() and not force:
             raise StorageError(f"{path} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
-    work = work_directory(out)
     engine = engine or Engine()
     settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers, engine)
+    attention = attention_of(stage, settings.device, settings.bf16)
     start.model.to(settings.device)
     progress = progress and settings.should_save  # of several processes, one talks and writes
     meter = Meter(progress)
+    place = cache or cache_directory(out)
     prepared = prepare(
-        start, stage, data, images, max_bad=max_bad, cache_bytes=cache_bytes,
+        start, stage, data, images, max_bad=max_bad, cache=place, cache_bytes=cache_bytes,
+        feature_dtype=feature_dtype, varlen=attention != "sdpa", say=meter.say,
         on_progress=lambda done, count: meter.show(f"{stage.name}: features of {done}/{count} pictures", done == count),
     )  # fmt: skip
-    source_sha256 = sha256_tree(checkpoint)
     job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
+    if adapter is not None:
+        job["adapter_sha256"] = sha256_tree(adapter)
     state = newest_state(work, job, resume, settings)
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    trainer = _fit(start, stage, prepared, settings, state, watch, engine)
-    done, seconds = trainer.state.global_step - watch.first_step, watch.seconds
+    asked = prepared.source if eval_data is None else open_source(eval_data, images, place)
+    shown = partial(attach, monitor, source=asked, out=out)
+    parts = count_parts(start.model, stage)
+    trainer = _fit(start, stage, prepared, settings, state, watch, engine, attention, adapter, shown)
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     origin = {"source": str(checkpoint), "source_sha256": source_sha256}
     trained = _whole(trainer, start, stage, origin, kept)
     scored = None
     if eval_data is not None and settings.should_save:
-        scored = score(trained, stage, eval_data, images, cache_bytes=cache_bytes)
+        scored = score(trained, stage, eval_data, images, cache_bytes=cache_bytes, cache=place)
+    rates = watch.throughput.whole
     result = TrainResult(
         checkpoint=str(out),
         source=str(checkpoint),
@@ -178,13 +159,18 @@ def train(
         precision="bf16" if settings.bf16 else "fp32",
         data=tuple(str(path) for path in ([data] if isinstance(data, Path) else data)),
         data_sha256=prepared.sha256,
-        rows=sum(len(item.rows) for item in prepared.packs),
+        rows=prepared.rows,
         packs=len(prepared.packs),
         bad_rows=len(prepared.bad),
         steps=trainer.state.global_step,
         resumed_from=watch.first_step,
-        seconds=seconds,
-        images_per_s=done * stage.batch_size / seconds if seconds else 0.0,
+        seconds=watch.seconds,
+        images_per_s=rates.images_per_s,
+        tokens_per_s=rates.tokens_per_s,
+        mfu=rates.mfu,
+        memory_bytes=watch.memory,
+        devices=settings.world_size,
+        parts=parts,
         final_loss=sum(losses[-LAST:]) / max(1, len(losses[-LAST:])),
         losses=losses,
         stopped_early=watch.reason,
@@ -193,8 +179,23 @@ def train(
     )
     if settings.should_save:
         _write(result, trained, prepared, out, force)
-        shutil.rmtree(work, ignore_errors=True)
+        _clean(out)
     return result
+
+
+def _finished(out: Path, stage: StageRecipe, source_sha256: str) -> TrainResult | None:
+    """The record of this very run, if it was killed when all but the tidying was done."""
+    found, job = read_record(out), read_json(work_directory(out) / JOB)
+    if found is None or not isinstance(job, dict):
+        return None
+    same = job.get("source_sha256") == source_sha256 == found.source_sha256
+    return found if same and job.get("stage") == asdict(stage) == found.recipe else None
+
+
+def _clean(out: Path) -> None:
+    """Remove what only a run that goes on needs."""
+    shutil.rmtree(cache_directory(out), ignore_errors=True)
+    shutil.rmtree(work_directory(out), ignore_errors=True)
 
 
 def _fit(
@@ -205,17 +206,26 @@ def _fit(
     state: Path | None,
     watch: Watch,
     engine: Engine,
+    attention: str,
+    adapter: Path | None,
+    shown: Callable[..., None],
 ) -> StageTrainer:
     """Train `start.model` in place; `state` is a saved state to go on from."""
     model = start.model
-    model.model.language_model.set_attn_implementation("sdpa")  # the one that takes our boolean masks
+    model.model.language_model.set_attn_implementation(attention)
+    freeze(model, stage)
+    throughput = Throughput.of(model, start.spec, stage)
     adapters.put_in(model, stage, "bf16" if settings.bf16 else "fp32")
     freeze(model, stage)
     if adapter is not None:
         adapters.load(model, adapter)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if stage.compile:
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=True)
     trainer = StageTrainer(Objective(model), settings, prepared, watch, engine)
+    shown(trainer=trainer, watch=watch, start=start, stage=stage, throughput=throughput)
     signals = Signals(watch)
     try:
         with signals, explained(stage.name, Path(settings.output_dir)), warnings.catch_warnings():
@@ -224,6 +234,7 @@ def _fit(
     except KeyboardInterrupt:
         watch.reason = "interrupt"
     finally:
+        watch.close()
         unset_hf_deepspeed_config()  # under ZeRO-3 the next checkpoint that is loaded would be divided too
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if watch.reason == "interrupt" and step < steps:
@@ -239,28 +250,34 @@ def _fit(
     return trainer
 
 
-def _whole(trainer: StageTrainer, start: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
-    """The trained model as one; where its parameters are divided over processes, the writing process gathers them."""
-    if trainer.engine.name == "ddp":
+def _whole(
+    trainer: StageTrainer, start: checkpoints.Checkpoint, stage: StageRecipe, origin: Mapping[str, str], kept: Path
+) -> checkpoints.Checkpoint:
+    """The trained model as one: gathered where an engine divides it, adapters saved and merged."""
+    if trainer.engine.name == "ddp" and not adapts(stage):
         return start
     gathered = trainer.whole_weights()
     if not trainer.args.should_save:
         return start
     model = checkpoints.load(start.root).model
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in gathered:
-                parameter.copy_(gathered[name])
+    if adapts(stage):
+        adapters.save(gathered, stage, kept, origin, force=True)
+        adapters.merge(model, kept)
+    else:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in gathered:
+                    parameter.copy_(gathered[name])
     return dataclasses.replace(start, model=model)
 
 
 def _write(result: TrainResult, trained: checkpoints.Checkpoint, prepared: StageData, out: Path, force: bool) -> None:
-    """The checkpoint, then what is said about it, beside it."""
+    """What is said about the checkpoint, beside it, then the checkpoint: a run is over when that is there."""
     model = trained.model.cpu().eval()
     if result.recipe["gradient_checkpointing"]:
         model.gradient_checkpointing_disable()
     model.requires_grad_(True)
-    checkpoints.save(model, trained.tokenizer, trained.spec, out, force=force)
     if prepared.bad:
         write_bad_rows(out.parent / f"{out.name}.{BAD_ROWS_FILE}", prepared.bad)
-    write_json(out.parent / f"{out.name}.train.json", asdict(result))
+    result.write(out)
+    checkpoints.save(model, trained.tokenizer, trained.spec, out, force=force)
