@@ -24,13 +24,14 @@ from tinyllava_edge.towers import FAMILIES
 from tinyllava_edge.train.backbones import init_checkpoint
 from tinyllava_edge.train.compose import spec_of
 from tinyllava_edge.train.dataset import prepare
-from tinyllava_edge.train.objective import Objective, freeze
+from tinyllava_edge.train.objective import Objective
+from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.recipes import StageRecipe
 
 from .conftest import Files
 from .parts import LLMS, OTHERS, TOWERS, write_llm, write_tower
 
-STAGE = StageRecipe("finetune", "model", "connector+llm", 1e-3, 4, vision_from_layer=0, precision="fp32")
+STAGE = StageRecipe("finetune", "model", "full", 1e-3, 4, tower="from-0", precision="fp32")
 PICTURE = np.random.default_rng(1).integers(0, 256, (64, 80, 3), dtype=np.uint8)
 
 

@@ -31,11 +31,11 @@ from .conftest import Files, message
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("engines_child.py")
 # 13 packs in batches of 4: the last of an epoch holds one, which one of two processes must do without
-LLM = StageRecipe("llm", "model", "connector+llm", 1e-3, 4, micro_batch=1, precision="fp32", epochs=2.0)
+LLM = StageRecipe("llm", "model", "full", 1e-3, 4, micro_batch=1, precision="fp32", epochs=2.0)
 TOWER = override(
-    LLM, {"name": "tower", "vision_from_layer": 1, "micro_batch": 2, "epochs": 1.0, "gradient_checkpointing": True}
+    LLM, {"name": "tower", "tower": "from-1", "micro_batch": 2, "epochs": 1.0, "gradient_checkpointing": True}
 )
-CONNECTOR = override(LLM, {"name": "connector", "trains": "connector", "micro_batch": 2, "epochs": 1.0})
+CONNECTOR = override(LLM, {"name": "connector", "llm": "frozen", "micro_batch": 2, "epochs": 1.0})
 STAGES = {"llm": LLM, "tower": TOWER, "connector": CONNECTOR}
 # AdamW divides by the root of tiny second moments, so that rounding shows in weights more than in losses.
 LOSS, WEIGHT = 1e-4, 2e-4

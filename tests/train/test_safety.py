@@ -31,7 +31,7 @@ CHILD = Path(__file__).with_name("safety_child.py")
 ENGINES_CHILD = Path(__file__).with_name("engines_child.py")
 # 20 rows in packs of up to 4 turns: 8 packs, 4 steps an epoch, 8 in all, states after 3, 6 and 8
 STAGE = StageRecipe(
-    "s", "model", "connector+llm", 1e-3, 2, epochs=2.0, max_turns=4, precision="fp32", save_steps=3, max_length=128
+    "s", "model", "full", 1e-3, 2, epochs=2.0, max_turns=4, precision="fp32", save_steps=3, max_length=128
 )
 KILLED = {  # moment → step that the same call goes on from
     "caching features": 0,

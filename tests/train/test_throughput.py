@@ -17,11 +17,12 @@ from tinyllava_edge.errors import UsageError
 from tinyllava_edge.train import progress, throughput, trainer
 from tinyllava_edge.train.collate import Encoded, Pack, collate
 from tinyllava_edge.train.dataset import prepare
+from tinyllava_edge.train.parts import count_parts, freeze
 from tinyllava_edge.train.plan_data import Lengths
 from tinyllava_edge.train.plan_shape import model_shape, sequence_flop, tower_flop
 from tinyllava_edge.train.progress import Watch
 from tinyllava_edge.train.recipes import PRESETS
-from tinyllava_edge.train.throughput import COUNTED, Cost, Rates, Throughput, count, count_parts, device_peak
+from tinyllava_edge.train.throughput import COUNTED, Cost, Rates, Throughput, count, device_peak
 
 from .conftest import Files
 
@@ -95,8 +96,8 @@ def test_a_model_without_a_formula_has_no_mfu(tiny_checkpoint: Path, monkeypatch
 
 def test_parts_add_up(tiny_checkpoint: Path) -> None:
     model = checkpoints.load(tiny_checkpoint).model
-    trainer.freeze(model, PRESETS["base-nano"].stages[0])
-    found = count_parts(model)
+    freeze(model, PRESETS["base-nano"].stages[0])
+    found = count_parts(model, PRESETS["base-nano"].stages[0])
     assert sum(part["parameters"] for part in found.values()) == sum(p.numel() for p in model.parameters())
     assert [part["trainable"] > 0 for part in found.values()] == [False, True, False]
     assert found["connector"]["trainable"] == found["connector"]["parameters"]
