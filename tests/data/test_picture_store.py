@@ -99,6 +99,21 @@ def test_other_processes_open_the_archives_for_themselves(method: str, tmp_path:
     assert read_all(store) == wanted
 
 
+def reuses_the_parents_handles(store: PictureStore) -> bool:
+    inherited = list(picture_sources._handles.opened.values())
+    read_all(store)
+    return any(handle in inherited for handle in picture_sources._handles.opened.values())
+
+
+def test_a_forked_child_leaves_the_parents_handles_alone(tmp_path: Path) -> None:
+    """SQLite forbids using a connection on both sides of a fork."""
+    store = opened(make_zip(tmp_path / "x.zip", FILES))
+    read_all(store)
+    assert reuses_the_parents_handles(store)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert not pool.apply(reuses_the_parents_handles, (store,))
+
+
 def test_more_archives_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_sources, "_OPEN", 3)
     paths = [make_tar(tmp_path / f"{k}.tar", {f"{k}.png": str(k).encode()}) for k in range(8)]
