@@ -248,7 +248,7 @@ def header(**fields: Any) -> bytes:
         "a size of exabytes": header(size=1 << 60) + b"\0" * 1024,
         "a size below zero": header(size=-1024) + b"\0" * 1024,
         "a name of gigabytes": header(type=tarfile.GNUTYPE_LONGNAME, size=1 << 34) + b"\0" * 1024,
-        "a size below zero of an unknown kind": header(type=b"Z", size=-512) + b"\0" * 1024,
+        "a size below zero of an unknown kind": header() + header(type=b"Z", size=-512) + b"\0" * 1024,
         "headers of headers": header(type=tarfile.XHDTYPE, size=0) * 3000 + b"\0" * 1024,
         "a second archive": header() + b"\0" * 1024 + header() + b"\0" * 1024,
         "a wrong header": header() + b"x" * 512 + b"\0" * 1024,

@@ -19,7 +19,7 @@ import pytest
 
 from tinyllava_edge.data import picture_sources
 from tinyllava_edge.data.picture_store import PictureStore, open_store
-from tinyllava_edge.errors import ImageError, StorageError
+from tinyllava_edge.errors import DataError, ImageError, StorageError
 
 from .archives import make_tar, make_zip
 
@@ -142,6 +142,13 @@ def test_a_table_is_built_once_and_anew_when_the_archive_changed(tmp_path: Path)
     assert len(list((tmp_path / "index").iterdir())) == 1
     with pytest.raises(ImageError, match="changed since this run began"):
         old.read("a.png")
+
+
+def test_an_archive_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", FILES)
+    with pytest.raises(DataError, match="changed while it was read"):
+        opened(path, on_progress=lambda *_: os.utime(path, ns=(1, 1)))
+    assert list((tmp_path / "index").iterdir()) == [] and opened(path).read("a.png") == b"one"
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "no row"])
