@@ -42,14 +42,13 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0\\"), min_siz
 def test_zip_members_are_those_of_zipfile(
     files: list[tuple[str, bytes]], front: bytes, comment: bytes, wide: bool, tmp_path: Path
 ) -> None:
-    path = tmp_path / "x.zip"
-    with path.open("wb") as out:
-        out.write(front)
-        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in files:
-                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=wide) as member:
-                    member.write(data)
-            archive.comment = comment
+    path, out = tmp_path / "x.zip", io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files:
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=wide) as member:
+                member.write(data)
+        archive.comment = comment
+    path.write_bytes(front + out.getvalue())  # as in a self-extracting file
     found = list(zip_members.zip_members(path))
     with zipfile.ZipFile(path) as archive, path.open("rb") as handle:
         wanted = [info for info in archive.infolist() if not info.filename.endswith("/")]
@@ -249,6 +248,7 @@ def header(**fields: Any) -> bytes:
         "a size of exabytes": header(size=1 << 60) + b"\0" * 1024,
         "a size below zero": header(size=-1024) + b"\0" * 1024,
         "a name of gigabytes": header(type=tarfile.GNUTYPE_LONGNAME, size=1 << 34) + b"\0" * 1024,
+        "a size below zero of an unknown kind": header() + header(type=b"Z", size=-512) + b"\0" * 1024,
         "headers of headers": header(type=tarfile.XHDTYPE, size=0) * 3000 + b"\0" * 1024,
         "a second archive": header() + b"\0" * 1024 + header() + b"\0" * 1024,
         "a wrong header": header() + b"x" * 512 + b"\0" * 1024,
@@ -261,6 +261,18 @@ def test_a_hostile_tar_is_named(case: str, data: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.tar: ") as error:
         opened(path)
     assert "\n" not in error.value.message and error.value.hint
+
+
+def test_a_header_of_gigabytes_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with path.open("wb") as out:  # a sparse file
+        out.write(header(type=tarfile.GNUTYPE_LONGNAME, size=100 << 20))
+        out.truncate(200 << 20)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="a header of 104857600 bytes"):
+        opened(path)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
 def test_a_picture_beyond_the_limit_in_a_tar(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from tinyllava_edge.data import picture_sources
 from tinyllava_edge.data.picture_store import PictureStore, open_store
-from tinyllava_edge.errors import ImageError, StorageError
+from tinyllava_edge.errors import DataError, ImageError, StorageError
 
 from .archives import make_tar, make_zip
 
@@ -99,6 +99,21 @@ def test_other_processes_open_the_archives_for_themselves(method: str, tmp_path:
     assert read_all(store) == wanted
 
 
+def reuses_the_parents_handles(store: PictureStore) -> bool:
+    inherited = list(picture_sources._handles.opened.values())
+    read_all(store)
+    return any(handle in inherited for handle in picture_sources._handles.opened.values())
+
+
+def test_a_forked_child_leaves_the_parents_handles_alone(tmp_path: Path) -> None:
+    """SQLite forbids using a connection on both sides of a fork."""
+    store = opened(make_zip(tmp_path / "x.zip", FILES))
+    read_all(store)
+    assert reuses_the_parents_handles(store)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert not pool.apply(reuses_the_parents_handles, (store,))
+
+
 def test_more_archives_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_sources, "_OPEN", 3)
     paths = [make_tar(tmp_path / f"{k}.tar", {f"{k}.png": str(k).encode()}) for k in range(8)]
@@ -127,6 +142,13 @@ def test_a_table_is_built_once_and_anew_when_the_archive_changed(tmp_path: Path)
     assert len(list((tmp_path / "index").iterdir())) == 1
     with pytest.raises(ImageError, match="changed since this run began"):
         old.read("a.png")
+
+
+def test_an_archive_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "x.zip", FILES)
+    with pytest.raises(DataError, match="changed while it was read"):
+        opened(path, on_progress=lambda *_: os.utime(path, ns=(1, 1)))
+    assert list((tmp_path / "index").iterdir()) == [] and opened(path).read("a.png") == b"one"
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "no row"])

@@ -218,6 +218,17 @@ def test_rows_of_a_file(loaded: checkpoint.Checkpoint, tmp_path: Path) -> None:
     assert found.image_share == 0 and found.positions > 20
 
 
+def test_a_row_of_several_pictures(loaded: checkpoint.Checkpoint, data: calibrate.CalibrationData) -> None:
+    """Each of them takes its place in the prompt."""
+    names = tuple(str(row.image) for row in data.rows[:2])
+    without = replace(data, rows=(replace(data.rows[0], images=(), turns=(Turn("what?", "red"),)),))
+    both = replace(data, rows=(replace(data.rows[0], images=names, turns=(Turn("what?", "red", 2),)),))
+    found, text = calibrate.collect(loaded, both), calibrate.collect(loaded, without)
+    assert found.image_share == 2 * loaded.spec.visual_tokens / found.positions
+    assert found.positions > 2 * loaded.spec.visual_tokens + 20 and text.image_share == 0
+    assert calibrate.without_picture(both.rows[0]) == without.rows[0]
+
+
 def test_another_models_matrix(collected: imatrix.Imatrix, loaded: checkpoint.Checkpoint, tmp_path: Path) -> None:
     llm.export_llm(loaded, tmp_path / "llm.gguf")
     name = "blk.1.ffn_down.weight"

@@ -1,1 +1,1 @@
-"""Data sets: generated scenes and easy-VQA."""
+"""Training data: what is read, in every form, and sets that are made here (generated scenes, easy-VQA)."""
