@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ class StageData(Dataset[Pack]):
     """picture numbers → tensors"""
     pad_id: int
     """id in the padding"""
-    source: Source
-    """where rows and pictures come from"""
     bad: Sequence[BadRow] = field(default=())
     """rows that were left out, read from the disk"""
     sha256: str = ""
@@ -57,6 +56,8 @@ class StageData(Dataset[Pack]):
     """positions of a sequence that packs stand in end to end; 0 gives each pack its own"""
     varlen: bool = False
     """whether a batch is one sequence for FlashAttention, without a mask"""
+    source: Source | None = None
+    """where rows and pictures come from, and how sets are mixed"""
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -78,12 +79,11 @@ class StageData(Dataset[Pack]):
         return {**tensors, **(self.pictures(pictures) if pictures else {})}
 
     def sampler(self, batch: int, seed: int, *, group: bool = True) -> PackSampler:
-        """Every epoch's order in batches of `batch` packs over all processes."""
-        sizes = self.packs.sizes
+        """Every epoch's order in batches of `batch` packs over all processes.
 
-        def order(epoch: int) -> Any:
-            return self.source.order(sizes, seed, epoch)
-
+        The weight of a set counts packs, so each epoch has the same number of them.
+        """
+        order = partial(self.source.order, self.packs.sizes, seed) if self.source else None
         return PackSampler(self.packs.lengths, batch, seed, order=order, group=group)
 
 
@@ -159,7 +159,7 @@ def prepare(
             raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
         image_id = int(checkpoint.model.config.image_token_id)
         sha256 = hashlib.sha256(f"{store.meta['data']}\n{store.meta['pictures_sha256']}".encode()).hexdigest()
-        ready = StageData(packs, pictures, int(image_id == 0), source, bad, sha256, pack_length, varlen)
+        ready = StageData(packs, pictures, int(image_id == 0), bad, sha256, pack_length, varlen, source)
         if temporary:
             weakref.finalize(ready, _remove, temporary, os.getpid())
             temporary = None
