@@ -124,7 +124,7 @@ def test_loss_and_every_gradient_are_equal_packed_and_alone(model: TinyLlava) ->
                 in_double(module) if dtype is torch.float64 else module.__dict__.pop("forward")
         alone = [loss_and_gradients(model, [item], 0) for item in packs]
         expected = sum(loss for loss, _ in alone)
-        for length in (0, 30, 64, 1000):
+        for length in (30, 1000):
             loss, gradients = loss_and_gradients(model, packs, length)
             assert loss == pytest.approx(expected, rel=tolerance)
             trained = {n for n, _ in model.named_parameters() if ".vision_tower." not in n}
@@ -219,7 +219,7 @@ def test_only_gaps_are_one_position_without_an_answer(llama: TinyLlava) -> None:
     assert batch["input_ids"].tolist() == [[5]] and batch["labels"].tolist() == [[IGNORED]]
     loss = Objective(llama).eval()(**batch, num_items_in_batch=3)["loss"]
     loss.backward()
-    assert float(loss) == 0.0
+    assert float(loss.detach()) == 0.0
     assert not any(p.grad is not None and p.grad.any() for p in llama.model.language_model.parameters())
     llama.zero_grad()
 
