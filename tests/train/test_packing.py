@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tinyllava_edge.errors import UsageError
 from tinyllava_edge.model import TinyLlava, build_model
 from tinyllava_edge.spec import VISION_BACKBONES, model_spec
-from tinyllava_edge.train.collate import EMPTY, IGNORED, Pack, arrange, collate, group
+from tinyllava_edge.train.collate import EMPTY, IGNORED, Pack, arrange, collate, group, without_answers
 from tinyllava_edge.train.encode import Encoded
 from tinyllava_edge.train.objective import Objective
 
@@ -222,6 +222,17 @@ def test_only_gaps_are_one_position_without_an_answer(llama: TinyLlava) -> None:
     assert float(loss.detach()) == 0.0
     assert not any(p.grad is not None and p.grad.any() for p in llama.model.language_model.parameters())
     llama.zero_grad()
+
+
+def test_packs_without_answers_add_nothing(llama: TinyLlava) -> None:
+    packs = [item for item in make_packs() if item.rows]
+    filled = [packs[0], without_answers(packs[2]), packs[1]]
+    alone, _ = loss_and_gradients(llama, packs[:2], 0)
+    for length in (0, 1000):
+        batch = collate(filled, 0, pack_length=length)
+        assert int((batch["labels"] != IGNORED).sum()) == sum(int(r.is_answer.sum()) for p in packs[:2] for r in p.rows)
+        assert loss_and_gradients(llama, filled, length)[0] == pytest.approx(alone, rel=1e-5)
+    assert without_answers(packs[2]).images == packs[2].images
 
 
 def test_a_sequence_of_two_packs_written_out_by_hand() -> None:

@@ -11,7 +11,7 @@ Legend: p packs, b sequences, n positions, a answer tokens of the fullest sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..errors import UsageError
 from .encode import Encoded, Encoder
 from .source import picture_names
 
-__all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack"]
+__all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack", "without_answers"]
 
 IGNORED = -100  # the label that no loss counts
 Ids = npt.NDArray[np.int32]
@@ -47,6 +47,11 @@ class Pack:
 
 
 EMPTY = Pack(())
+
+
+def without_answers(item: Pack) -> Pack:
+    """The same positions and pictures, but nothing that a loss counts: for batches that only need to be filled."""
+    return replace(item, rows=tuple(replace(row, is_answer=np.zeros_like(row.is_answer)) for row in item.rows))
 
 
 def group(pictures: Places, max_turns: int) -> tuple[Places, Places]:
