@@ -62,8 +62,9 @@ def test_the_temporary_cache_goes_with_the_data(
     start: Checkpoint, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other process has its own: nothing to wait for
     data = prepare(start, STAGE, files.mixed, files.images)
-    assert len(list(tmp_path.glob("*/features-*"))) == 1
+    assert len(list(tmp_path.glob("*/features-*"))) == 1 and data.packs.store.pictures == 2
     del data
     gc.collect()
     assert not list(tmp_path.iterdir())

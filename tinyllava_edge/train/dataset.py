@@ -105,10 +105,11 @@ def prepare(
     """Read, check, tokenise and pack a stage's data; keep tower features when the tower is frozen and they fit.
 
     Every process of a run may call it at once: one writes the tokens while the others wait, and each computes its share
-    of the features.
+    of the features. Not under a barrier that lets one process in before the others: they wait for each other here.
 
     Args:
-        cache: where tokens and features are kept; by default a temporary directory, removed with the data.
+        cache: where tokens and features are kept; by default a temporary directory of this process, removed with the
+            data.
         cache_bytes: the most that features in `cache` may take; beyond it pictures are decoded for each batch.
         pack_length: positions of a sequence that packs stand in end to end; 0 gives each pack its own.
         varlen: batches for FlashAttention, one sequence without a mask.
@@ -145,7 +146,7 @@ def prepare(
                 place,
                 cache_bytes=cache_bytes,
                 dtype=feature_dtype,
-                share=processes(),
+                share=(0, 1) if temporary else processes(),  # nobody else sees a temporary directory
                 on_progress=on_progress,
                 say=say,
             )
