@@ -90,4 +90,7 @@ def test_rows_packs_and_bad_rows_can_be_counted_without_reading_them(start: Chec
     data = prepare(start, override(STAGE, {"max_turns": 4}), [files.qa, files.mixed], files.images)
     assert data.rows == 26 == sum(len(item.rows) for item in data.packs) and len(data.bad) == 0
     assert data.packs.lengths.tolist() == [item.length for item in data.packs]
+    shown = [item.length for item in data.packs if item.images]
+    place = data.packs.shortest_with_picture()
+    assert place is not None and data.packs[place].images and data.packs[place].length == min(shown)
     assert data.packs[-1].length == data.packs[len(data) - 1].length
