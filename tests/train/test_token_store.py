@@ -293,7 +293,7 @@ class Given(Encoder):
         pairs = json.loads(row.turns[0].question)
         ids = np.array([index for index, _ in pairs], np.int32)
         images = int((ids == self.image_id).sum())
-        shared = int(np.flatnonzero(ids == self.image_id)[0]) + 1 if images == 1 and pairs[0][1] else 0
+        shared = int(np.flatnonzero(ids == self.image_id)[0]) + 1 if images == 1 and len(pairs) % 2 else 0
         return Compact(ids, np.array([bool(mark) for _, mark in pairs], np.bool_), shared, images)
 
 
@@ -321,7 +321,8 @@ def test_any_rows_come_back(
     """Ids 0 to 6, of which 5 is the picture's here; marks of any number, so bytes end anywhere."""
     given_ = Given(encoder, slots)
     given_.image_id = 5
-    rows = [[pair for k, pair in enumerate(row) if pair[0] != 5 or k == 0] for row in rows]  # one picture, in front
+    rows = [[(index, mark and index != 5) for index, mark in row] for row in rows]  # a picture is no answer
+    rows = [[pair for k, pair in enumerate(row) if pair[0] != 5 or k == 0] for row in rows]  # one, in front
     out = tmp_path_factory.mktemp("any")
     source = Streamed((), out)
     made = [

@@ -11,7 +11,7 @@ Legend: p packs, b sequences, n positions, a answer tokens of the fullest sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..data.llava_json import Row
 from ..errors import UsageError
 from .encode import Encoded, Encoder
 
-__all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack"]
+__all__ = ["EMPTY", "IGNORED", "Encoded", "Encoder", "Pack", "arrange", "collate", "group", "pack", "without_answers"]
 
 IGNORED = -100  # the label that no loss counts
 Ids = npt.NDArray[np.int32]
@@ -46,6 +46,11 @@ class Pack:
 
 
 EMPTY = Pack(())
+
+
+def without_answers(item: Pack) -> Pack:
+    """The same positions and pictures, but nothing that a loss counts: for batches that only need to be filled."""
+    return replace(item, rows=tuple(replace(row, is_answer=np.zeros_like(row.is_answer)) for row in item.rows))
 
 
 def group(pictures: Places, max_turns: int) -> tuple[Places, Places]:
@@ -153,9 +158,9 @@ def collate(packs: Sequence[Pack], pad_id: int, *, pack_length: int = 0, varlen:
         if turns.any():
             raise UsageError("varlen attention can't share a prefix between turns", "set max_turns = 1 in the recipe")
         return batch | _boundaries(numbers[0])
-    several = turns.max() > 0 or numbers.any()
-    turns_, numbers_ = torch.from_numpy(turns), torch.from_numpy(numbers)
-    batch["attention_mask"] = _block_mask(turns_, numbers_) if several else turns_ >= 0
+    of = torch.from_numpy(numbers) if numbers.any() else None
+    several = of is not None or turns.max() > 0
+    batch["attention_mask"] = _block_mask(torch.from_numpy(turns), of) if several else torch.from_numpy(turns >= 0)
     return batch
 
 
@@ -217,13 +222,15 @@ def _boundaries(numbers: Places) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": longest, "max_length_k": longest}
 
 
-def _block_mask(turns: torch.Tensor, packs: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: (b, n) twice → bool (b, 1, n, n).
+def _block_mask(turns: torch.Tensor, packs: torch.Tensor | None) -> torch.Tensor:
+    """Who sees whom: (b, n) twice → bool (b, 1, n, n); no `packs` where a sequence is one.
 
     Causal, within a pack, and there within a turn or towards the prefix; padding sees itself.
     """
     n = turns.shape[1]
     causal = torch.ones(n, n, dtype=torch.bool).tril()
     query, key = turns.unsqueeze(2), turns.unsqueeze(1)  # (b, n, 1), (b, 1, n)
-    seen = causal & (key >= 0) & ((key == 0) | (key == query)) & (packs.unsqueeze(2) == packs.unsqueeze(1))
+    seen = causal & (key >= 0) & ((key == 0) | (key == query))
+    if packs is not None:
+        seen &= packs.unsqueeze(2) == packs.unsqueeze(1)
     return (seen | torch.eye(n, dtype=torch.bool)).unsqueeze(1)

@@ -14,6 +14,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ class StageData(Dataset[Pack]):
     """picture numbers → tensors"""
     pad_id: int
     """id in the padding"""
-    source: Source
-    """where rows and pictures come from"""
     bad: Sequence[BadRow] = field(default=())
     """rows that were left out, read from the disk"""
     sha256: str = ""
@@ -59,6 +58,8 @@ class StageData(Dataset[Pack]):
     """whether packs of like length come in the same batch"""
     varlen: bool = False
     """whether a batch is one sequence for FlashAttention, without a mask"""
+    source: Source | None = None
+    """where rows and pictures come from, and how sets are mixed"""
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -80,12 +81,11 @@ class StageData(Dataset[Pack]):
         return {**tensors, **(self.pictures(pictures) if pictures else {})}
 
     def sampler(self, batch: int, seed: int) -> PackSampler:
-        """Every epoch's order in batches of `batch` packs over all processes."""
-        sizes = self.packs.sizes
+        """Every epoch's order in batches of `batch` packs over all processes.
 
-        def order(epoch: int) -> Any:
-            return self.source.order(sizes, seed, epoch)
-
+        The weight of a set counts packs, so each epoch has the same number of them.
+        """
+        order = partial(self.source.order, self.packs.sizes, seed) if self.source else None
         return PackSampler(self.packs.lengths, batch, seed, order=order, group=self.group_by_length)
 
 
@@ -106,10 +106,11 @@ def prepare(
     """Read, check, tokenise and pack a stage's data; keep tower features when the tower is frozen and they fit.
 
     Every process of a run may call it at once: one writes the tokens while the others wait, and each computes its share
-    of the features.
+    of the features. Not under a barrier that lets one process in before the others: they wait for each other here.
 
     Args:
-        cache: where tokens and features are kept; by default a temporary directory, removed with the data.
+        cache: where tokens and features are kept; by default a temporary directory of this process, removed with the
+            data.
         cache_bytes: the most that features in `cache` may take; beyond it pictures are decoded for each batch.
         varlen: batches for FlashAttention, one sequence without a mask.
         feature_dtype: `float32`, `bfloat16` or `float16`, in which features are kept.
@@ -145,7 +146,7 @@ def prepare(
                 place,
                 cache_bytes=cache_bytes,
                 dtype=feature_dtype,
-                share=processes(),
+                share=(0, 1) if temporary else processes(),  # nobody else sees a temporary directory
                 on_progress=on_progress,
                 say=say,
             )
@@ -160,7 +161,7 @@ def prepare(
         image_id = int(checkpoint.model.config.image_token_id)
         sha256 = hashlib.sha256(f"{store.meta['data']}\n{store.meta['pictures_sha256']}".encode()).hexdigest()
         ready = StageData(
-            packs, pictures, int(image_id == 0), source, bad, sha256, stage.pack_length, stage.group_by_length, varlen
+            packs, pictures, int(image_id == 0), bad, sha256, stage.pack_length, stage.group_by_length, varlen, source
         )
         if temporary:
             weakref.finalize(ready, _remove, temporary, os.getpid())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data.llava_json import Row, read
+from ..data.llava_json import BadRow, Row, check_bad
 from ..errors import DataError
 from ..prompt import EndOfTurn, Image, Template, build, sections
 from .collate import pack
 from .encode import Encoded, Encoder
+from .source import Source, open_source
 
 CHARACTERS = 4.0  # per token, where there is no tokenizer: an assumption for English, and it is printed as one
-SAMPLE = 20_000  # rows that are tokenised; of a larger set evenly spaced pictures with all their rows
+SAMPLE = 20_000  # rows that are tokenised; of a larger set some pictures with all their rows
 
 
 @dataclass(frozen=True)
@@ -93,37 +96,68 @@ def measure(
     Raises:
         DataError: unusable files, more than `max_bad` bad rows, or no usable row.
     """
-    rows = read(data, images, max_bad=max_bad).rows
-    by_picture: dict[str, list[Row]] = {}
-    for number, row in enumerate(rows):
-        by_picture.setdefault("\n".join(row.images) or f"\0{number}", []).append(row)
-    step = max(1, round(len(rows) / SAMPLE))
-    chosen = [row for group in list(by_picture.values())[::step] for row in group]
+    found = _sample(data, images, max_bad)
     encoder = (
         CharacterEncoder(template, visual_tokens, max_length)
         if tokenizer is None
         else Encoder(tokenizer, template, visual_tokens, max_length)
     )
-    encoded = _encode(encoder, chosen)
+    encoded = _encode(encoder, found.rows)
     if not encoded:
-        raise DataError(f"{data}: no usable row for this stage", "is it the other stage's data set?")
+        raise DataError(f"{found.source}: no usable row for this stage", "is it the other stage's data set?")
     packs = pack(encoded, max_turns)
-    scale = len(rows) / len(chosen)
+    scale = found.good / len(found.rows)
     answers = [sum(int(row.is_answer.sum()) for row in item.rows) for item in packs]
     how = "a tokenizer" if tokenizer is not None else f"{CHARACTERS:g} characters a token (no tokenizer: an assumption)"
-    part = f", {len(chosen):,} of {len(rows):,} rows" if step > 1 else ""
+    part = f", {len(found.rows):,} of {found.good:,} rows" if found.share > 1 else ""
     return Lengths(
         rows=round(len(encoded) * scale),
         packs=round(len(packs) * scale),
-        pictures=len({name for row in rows for name in row.images}),
+        pictures=len({name for row in found.rows for name in row.images}) * found.share,
         with_picture=sum(bool(item.images) for item in packs) / len(packs),
         positions=sum(item.length for item in packs) / len(packs),
         longest=max(item.length for item in packs),
         answers=sum(answers) / len(packs),
         most_answers=max(answers),
-        refused=round((len(chosen) - len(encoded)) * scale),
+        refused=round((len(found.rows) - len(encoded)) * scale),
         source=f"measured with {how}{part}",
     )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    rows: tuple[Row, ...]
+    good: int  # rows in all
+    share: int  # one of so many pictures was taken
+    source: Source
+
+
+def _sample(data: Path | Sequence[Path], images: Path, max_bad: int) -> _Sample:
+    """Rows to tokenise: all, or those of one in 2, 4, 8 … pictures, chosen by their names' hashes.
+
+    Memory holds twice SAMPLE rows at most, however many there are.
+    """
+    kept: list[tuple[int, Row]] = []
+    bad: list[BadRow] = []
+    good, share = 0, 1
+    with tempfile.TemporaryDirectory() as index:
+        source = open_source(data, images, Path(index))
+        for of, row in source.rows():
+            if isinstance(row, BadRow):
+                bad.append(row)
+                continue
+            good += 1
+            key = "\0".join(row.images) or f"\0{good}"
+            place = zlib.crc32(f"{of}\0{key}".encode())
+            if place % share == 0:
+                kept.append((place, row))
+            if len(kept) > 2 * SAMPLE:
+                share *= 2
+                kept = [item for item in kept if item[0] % share == 0]
+    check_bad(bad, max_bad)
+    if not kept:
+        raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
+    return _Sample(tuple(row for _, row in kept), good, share, source)
 
 
 def _encode(encoder: Encoder | CharacterEncoder, rows: Sequence[Row]) -> list[tuple[Row, Encoded]]:

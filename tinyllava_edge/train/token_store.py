@@ -162,6 +162,13 @@ class Packs(Sequence[Pack]):
         rows = self.rows[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
         return Pack(tuple(self.store.encoded(row) for row in rows), self.store.images(rows[0]))
 
+    def shortest_with_picture(self) -> int | None:
+        """The pack of fewest positions that shows a picture; None if none does."""
+        ends = self.store.column("image_end")
+        first = self.rows[np.concatenate([[0], self.ends[:-1]]).astype(np.int64)]
+        places = np.flatnonzero(ends[first] > np.where(first > 0, ends[first - 1], 0))
+        return int(places[np.argmin(self.lengths[places])]) if len(places) else None
+
     def or_gap(self, index: int) -> Pack:
         """The pack, or the empty one for the index behind the last."""
         return EMPTY if index == len(self) else self[index]
