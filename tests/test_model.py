@@ -134,6 +134,7 @@ OWN = {
         {"vision_family": "dinov2", "select_strategy": "default", "connector": "ldpv2-16", "visual_tokens": 16},
     ),
     "phi": (SIGLIP, {**spec.LLM_BACKBONES["Phi"].config, "hidden_size": 256, "num_hidden_layers": 1}, {}),
+    "head_bias": (SIGLIP, {**TEXT, "head_bias": True}, {}),
     "mof_mlp": (MOF, None, {"vision_family": "mof", "connector": "mof_mlp", "visual_tokens": 128}),
     "registers": (
         {**DINOV2, "model_type": "dinov2_with_registers", "num_register_tokens": 3},
@@ -170,7 +171,7 @@ def test_own_name_where_stock_llava_would_be_wrong(name: str, tmp_path: Path) ->
         wanted = model.model.multi_modal_projector(model.tower_features(pixels()))
         got = again.eval().model.multi_modal_projector(again.tower_features(pixels()))
     assert torch.equal(got, wanted) and wanted.shape == (2, change.get("visual_tokens", 64), 256)
-    assert (again.lm_head.bias is not None) == (name == "phi")
+    assert (again.lm_head.bias is not None) == (name in ("phi", "head_bias"))
 
 
 @pytest.mark.parametrize("name", ["pixelshuffle-16", "ldpv2-16", "avgpool-16", "qformer-5"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +86,10 @@ def test_the_wall_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.
         path.write_text(source)
         assert reaches(path, {wall}), source
         assert not reaches(path, {"torchvision", f"{OURS}.trainer"}), source
+
+
+def test_the_tower_table_needs_no_engine() -> None:
+    """The device runtime reads spec.py, which reads the table: in a fresh process neither loads torch."""
+    code = "import sys, tinyllava_edge.spec; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tinyllava_edge import checkpoint as checkpoints
+from tinyllava_edge.benchmarks.work import vision_work
 from tinyllava_edge.bundle import read_bundle
 from tinyllava_edge.errors import CheckpointError, ExportError
 from tinyllava_edge.export.bundle_writer import export_bundle
@@ -55,6 +56,19 @@ def test_the_backbones_arrive(root: Path) -> None:
     assert any(".multi_modal_projector.second.linear_1." in name for name in names)
 
 
+def by_hand(loaded: checkpoints.Checkpoint) -> int:
+    """Operations for a picture: patches, two layers in each tower without its class token, both MLPs."""
+    tower, total = loaded.model.model.vision_tower, 0
+    for part in (tower.first, tower.second):
+        convolution = next(m for m in part.modules() if isinstance(m, torch.nn.Conv2d))
+        total += 2 * 64 * convolution.weight.numel()
+        stack = part.encoder.layers if part is tower.first else part.encoder.layer
+        for layer in list(stack)[:2]:
+            total += sum(2 * 64 * p.numel() for p in layer.parameters() if p.ndim == 2) + 4 * 64**2 * 192
+    connector = loaded.model.model.multi_modal_projector
+    return total + sum(2 * 64 * p.numel() for p in connector.parameters() if p.ndim == 2)
+
+
 def test_the_device_gives_the_references_answer(root: Path, tmp_path: Path) -> None:
     """float32: embeddings within 1e-4, logits within 1e-3, the same words; int8 and fp16 near; verified."""
     bundle = export_bundle(root, tmp_path / "bundle", llm=("f32",), vision=("fp32", "int8", "fp16"))
@@ -71,6 +85,8 @@ def test_the_device_gives_the_references_answer(root: Path, tmp_path: Path) -> N
         with open_edge(bundle.root, f"{name}+f32", allow_unverified=True, n_threads=1) as edge:
             a, b = edge.probe(PICTURE, "what?").image_embeds.ravel(), wanted.image_embeds.ravel()
         assert float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) > least, name
+    work = vision_work(bundle.root / "vision-fp32.onnx", bundle.spec)
+    assert work == {"float": by_hand(checkpoints.load(root)), "int8": 0}
     assert verify(bundle.root, root, builds=["fp32+f32"], n_threads=1).passed
     opened = read_bundle(bundle.root)
     opened.require_verified(opened.build("fp32+f32"))

@@ -44,13 +44,13 @@ LLMS: dict[str, tuple[str, Any]] = {
     "stablelm": ("stablelm", tokenizers.write_qwen2),
     "gemma": ("gemma", tokenizers.write_gemma),
     "qwen2": ("qwen2", tokenizers.write_qwen2),
+    "qwen2-tied": ("qwen2", tokenizers.write_qwen2),
     "qwen3-tied": ("qwen3-tied", tokenizers.write_qwen2),
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 512, "num_hidden_layers": 2},
     "olmo2": {"intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 2},
     "gpt2": {"n_layer": 2, "tie_word_embeddings": True, "n_positions": 256, "hidden_size": 256},
-    "gptj": {"n_layer": 2, "rotary_dim": 32, "n_positions": 256},
     "gemma3_text": {"intermediate_size": 512, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 64},
 }
 
@@ -77,7 +77,7 @@ def write_llm(out: Path, name: str, **changes: Any) -> Path:
 
     if name in LLMS:
         key, write = LLMS[name]
-        config = copy.deepcopy(MODELS[key])
+        config = {**copy.deepcopy(MODELS[key]), **({"tie_word_embeddings": True} if name == "qwen2-tied" else {})}
     else:
         write = tokenizers.write_phi
         config = {"model_type": name, "hidden_size": 256, "num_attention_heads": 4, **OTHERS.get(name, {})}

@@ -15,6 +15,7 @@ from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.checkpoint import Checkpoint
 from tinyllava_edge.errors import CheckpointError, ExportError, UsageError
 from tinyllava_edge.export.bundle_writer import export_bundle
+from tinyllava_edge.export.decoder import check_architecture
 from tinyllava_edge.export.llm import export_llm
 from tinyllava_edge.runtimes.edge import open_edge
 from tinyllava_edge.runtimes.llama import Llama
@@ -27,6 +28,7 @@ from tinyllava_edge.train.dataset import prepare
 from tinyllava_edge.train.objective import Objective
 from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.recipes import StageRecipe
+from tinyllava_edge.weights import open_weights
 
 from .conftest import Files
 from .parts import LLMS, OTHERS, TOWERS, write_llm, write_tower
@@ -75,6 +77,8 @@ def stepped(root: Path, files: Files, out: Path) -> Checkpoint:
     assert (start.model.lm_head.weight is start.model.get_input_embeddings().weight) == tied
     checkpoints.save(start.model.eval(), start.tokenizer, start.spec, out)
     loaded = checkpoints.load(out)
+    assert (loaded.model.lm_head.weight is loaded.model.get_input_embeddings().weight) == tied
+    assert any(name.endswith("lm_head.weight") for name in open_weights(out).infos) != tied
     assert torch.equal(logits(loaded), logits(start))
     return loaded
 
@@ -170,10 +174,11 @@ def test_any_causal_language_model(name: str, siglip: Path, files: Files, tmp_pa
         assert "phi" in caught.value.hint
     made(tmp_path / "start", siglip, llm, template="phi")
     loaded = stepped(tmp_path / "start", files, tmp_path / "next")
-    assert (loaded.model.lm_head.bias is not None) == (name == "gptj")
     assert loaded.model.config.tie_word_embeddings == (name in ("gpt2", "gemma3_text"))
     with pytest.raises(ExportError, match=f"no GGUF form for language model '{name}'"):
-        export_llm(checkpoints.llm_source(tmp_path / "next"), tmp_path / "llm.gguf", "f32")
+        export_bundle(tmp_path / "next", tmp_path / "bundle", llm=("f32",), vision=("fp32",))
+    with pytest.raises(ExportError, match=f"no ONNX decoder for language models of type '{name}'"):
+        check_architecture(tmp_path / "next", loaded.model.config.text_config)
 
 
 def test_a_language_model_that_does_more_than_its_head(siglip: Path, tmp_path: Path) -> None:
@@ -185,6 +190,23 @@ def test_a_language_model_that_does_more_than_its_head(siglip: Path, tmp_path: P
         spec = spec_of(siglip, llm, template="phi")
         with pytest.raises(CheckpointError, match=f"{name} computes more than its head"):
             init_checkpoint(spec, tmp_path / "start", vision_dir=siglip, llm_dir=llm)
+
+
+MISLED: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 1, "n_head": 4},
+    "gptj": {"n_layer": 1, "rotary_dim": 32},
+    "mamba": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), MISLED.items())
+def test_a_language_model_that_packs_would_mislead(
+    name: str, fields: dict[str, Any], siglip: Path, tmp_path: Path
+) -> None:
+    """ALiBi counts places, a state space reads all, eager attention adds a mask up: turns would see each other."""
+    llm = write_llm(tmp_path / name, name, **fields)
+    with pytest.raises(CheckpointError, match=f"{name} (doesn't keep to|can't run on embeddings)"):
+        init_checkpoint(spec_of(siglip, llm, template="phi"), tmp_path / "start", vision_dir=siglip, llm_dir=llm)
 
 
 def test_template_by_the_tokenizers_end(siglip: Path, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _vision(data: mmap.mmap, spec: ModelSpec) -> dict[str, int]:
                 shapes[name] = shape
             elif field == 1:
                 nodes.append(_node(data, first, last))
-    tokens = spec.patches + TOWERS[spec.vision_family].class_token
+    tokens = spec.patches + TOWERS[spec.vision_family].class_token  # a mixture's, which the spec doesn't tell, left out
     found, width, layers = {"float": 0, "int8": 0}, 0, set[str]()
     for operator, inputs, attributes in nodes:
         weight = next((name for name in inputs[1:2] if name in shapes), "")
@@ -182,6 +182,8 @@ def _rows(weight: str, tokens: int, spec: ModelSpec) -> int:
     """Rows that are multiplied by a weight."""
     if not weight.startswith("connector."):
         return tokens
+    if weight.startswith(("connector.first.", "connector.second.")):  # of a mixture's two towers each sees its own
+        return spec.visual_tokens // 2
     if ".to_kv." in weight:  # the resampler's queries look at themselves, too
         return spec.feature_tokens + spec.visual_tokens
     whole = weight.startswith(("connector.linear.", "connector.mlp."))  # before the tokens are reduced

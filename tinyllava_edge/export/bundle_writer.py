@@ -27,6 +27,7 @@ from .calibration import Sample, default_pictures, samples
 from .gguf_shards import shards_of, split_gguf
 from .imatrix import Imatrix, load_imatrix
 from .llm import FLOAT_TYPES, LlmTensors, export_llm
+from .llm_architectures import architecture_of
 from .llm_types import LLM_TYPES, tensor_type
 from .options import ExportOptions
 from .preprocess import write_preprocess
@@ -172,6 +173,7 @@ def check_config(root: Path, spec: ModelSpec) -> None:
 
 def _check_forms(source: checkpoint.LlmSource, mmproj: Sequence[str], web: Sequence[str], workaround: bool) -> None:
     """Raise ExportError for a model that has no such form, before the long work."""
+    architecture_of(source.config)
     if mmproj:
         from .mmproj import check_model
 

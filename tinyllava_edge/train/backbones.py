@@ -11,12 +11,14 @@ import torch
 
 from .. import checkpoint as checkpoints
 from ..errors import CheckpointError, StorageError, UsageError
+from ..importer.vocabulary import generation
 from ..model import TinyLlava, build_model
 from ..prompt import get_template
 from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, model_spec
 from ..spec import variant as find_variant
 from ..tokenizer_files import complete_special_tokens, fast_tokenizer
 from ..towers import MOF_TYPE, find_tower
+from .check_llm import check_forward
 from .compose import TowerParts, is_rotary, read_llm, read_towers
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -71,7 +73,7 @@ def init_checkpoint(
             for c, path in zip(towers.configs, tower_dirs, strict=True)
         ]
         llm = _load("AutoModelForCausalLM", text_dir)
-        _check_forward(llm, text_dir)
+        check_forward(llm, text_dir)
         torch.manual_seed(seed)
         model = build_model(
             spec, _tower_config(parts), _text_config(llm, spec), llm.config.vocab_size - 1, connector_options
@@ -79,6 +81,7 @@ def init_checkpoint(
         _copy(model, parts, llm)
         complete_special_tokens(tokenizer, get_template(spec.template).end_of_turn)
         checkpoints.add_image_token(model, tokenizer)
+        model.generation_config.update(**generation(model.config.text_config.to_dict(), tokenizer, spec.template))
     checkpoints.save(model.eval(), tokenizer, spec, out, force=force)
 
 
@@ -147,32 +150,6 @@ def _check_end(spec: ModelSpec, tokenizer: Any, text_dir: Path) -> None:
     end = get_template(spec.template).end_of_turn
     if end not in tokenizer.get_vocab():
         raise CheckpointError(f"{text_dir}: the tokenizer has no {end!r} token", f"template {spec.template} needs it")
-
-
-def _check_forward(llm: Any, path: Path) -> None:
-    """Raise CheckpointError unless the model's logits are its head on its decoder's output, from embeddings alone.
-
-    Llava computes nothing else: what a model does besides (Gemma 2 caps its logits, others scale them or look tokens up
-    again in later layers) would be lost without a word.
-    """
-    ids = torch.arange(8)[None] % llm.config.vocab_size
-    ready = {"attention_mask": torch.ones(1, 8, dtype=torch.bool), "position_ids": torch.arange(8)[None]}
-    try:
-        with torch.no_grad():
-            wanted = llm.eval()(input_ids=ids).logits  # (1, 8, vocabulary)
-            embeds = llm.get_input_embeddings()(ids)
-            hidden = llm.get_decoder()(inputs_embeds=embeds, use_cache=False, **ready).last_hidden_state
-            head = llm.get_output_embeddings()
-            got = torch.nn.functional.linear(hidden, head.weight, head.bias)
-    except Exception as error:  # a model that takes no embeddings or positions says so in its own way
-        raise CheckpointError(
-            f"{path}: {llm.config.model_type} can't run on embeddings ({_line(error)})", "choose another language model"
-        ) from error
-    if got.shape != wanted.shape or not torch.allclose(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
-        raise CheckpointError(
-            f"{path}: {llm.config.model_type} computes more than its head on its decoder's output",
-            "choose a language model whose logits are the head's own output, as Llama's, Phi's and Qwen's are",
-        )
 
 
 def _tower_config(towers: Sequence[Any]) -> dict[str, Any]:
