@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -17,14 +19,16 @@ import pytest
 import torch
 
 import tinyllava_edge
-from tinyllava_edge.errors import StorageError, TinyLlavaEdgeError
-from tinyllava_edge.train import states
-from tinyllava_edge.train.dataset import StageData
+from tinyllava_edge import checkpoint as checkpoints
+from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
+from tinyllava_edge.train import signals, states
+from tinyllava_edge.train.dataset import StageData, prepare
+from tinyllava_edge.train.deal import DealtData
 from tinyllava_edge.train.faults import explained
 from tinyllava_edge.train.recipes import StageRecipe, override
 from tinyllava_edge.train.trainer import train, work_directory
 
-from .conftest import Files
+from .conftest import Files, message
 
 CHILD = Path(__file__).with_name("safety_child.py")
 ROOT = Path(__file__).parents[2]
@@ -218,6 +222,68 @@ def test_a_dead_worker_is_named(
 def test_other_errors_are_not_explained_away(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="something else"), explained("s", tmp_path):
         raise RuntimeError("something else")
+
+
+def test_signals_ask_once_and_a_second_ctrl_c_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watch:
+        reason = ""
+
+    before = {number: signal.getsignal(number) for number in signals.ASKED}
+    for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")):
+        watch = Watch()
+        with signals.Signals(watch) as asked:
+            assert asked.name() == "another process"
+            for _ in range(3):  # a terminal and a launcher both send it
+                os.kill(os.getpid(), number)
+            assert (watch.reason, asked.name()) == ("interrupt", name)
+            monkeypatch.setattr(signals, "AGAIN_SECONDS", -1.0)
+            with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+                os.kill(os.getpid(), number)
+            monkeypatch.undo()
+    assert {number: signal.getsignal(number) for number in signals.ASKED} == before
+
+
+def test_text_alone_is_trained_and_gone_on_with(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector gets no gradient then, and has no moments to save. Several processes refuse it."""
+    rows = [
+        {"id": word, "conversations": [message("human", f"say {word}"), message("gpt", word)]}
+        for word in ("one", "two", "three", "four", "five", "six")
+    ]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps(rows))
+    text = dataclasses.replace(files, qa=data)
+    whole = train(tiny_checkpoint, STAGE, data, files.images, tmp_path / "whole", progress=False)
+    interrupted(tiny_checkpoint, text, tmp_path / "run", monkeypatch, 12)
+    result = train(tiny_checkpoint, STAGE, data, files.images, tmp_path / "run", progress=False)
+    assert 0 < result.resumed_from < 6 and result.losses == whole.losses
+    equal_files(tmp_path / "whole", tmp_path / "run")
+    prepared = prepare(checkpoints.load(tiny_checkpoint), STAGE, data, files.images)
+    dealt = DealtData(prepared, 2)
+    with pytest.raises(DataError, match="no row has a picture"):
+        dealt.batch([dealt[0]])
+
+
+def test_processes_make_a_thing_one_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tinyllava_edge.train import launch\n"
+        "target = Path(sys.argv[1]) / 'made'\n"
+        "with launch.one_at_a_time(target):\n"
+        "    if not target.exists():\n"
+        "        time.sleep(0.3); target.touch(exist_ok=False); print('made', launch.is_first())\n"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**ENVIRONMENT, "RANK": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [child.communicate(timeout=60)[0] for child in children]
+    assert sorted(said) == ["", "", "made False\n"] and [child.returncode for child in children] == [0, 0, 0]
 
 
 def torchrun(*command: str) -> list[str]:
