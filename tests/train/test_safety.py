@@ -20,8 +20,8 @@ import torch
 
 import tinyllava_edge
 from tinyllava_edge import checkpoint as checkpoints
-from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError
-from tinyllava_edge.train import signals, states
+from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError, UsageError
+from tinyllava_edge.train import signals, spread, states
 from tinyllava_edge.train.dataset import StageData, prepare
 from tinyllava_edge.train.deal import DealtData
 from tinyllava_edge.train.faults import explained
@@ -183,6 +183,20 @@ def test_a_spoilt_state_is_never_taken(tmp_path: Path, name: str, spoil: str) ->
     with pytest.raises(StorageError, match="another recipe"):
         states.open_work(work, {"stage": 2}, True)
     assert states.open_work(work, {"stage": 2}, False) is None
+
+
+def test_what_a_state_cannot_hold_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    for kind, options in ((torch.optim.AdamW, {}), (torch.optim.AdamW, {"amsgrad": True}), (torch.optim.SGD, {})):
+        optimizer = kind([weight], lr=0.1, **options, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        whole = spread.Whole({"w": weight}, optimizer)
+        if kind is torch.optim.AdamW and not options:
+            assert set(whole.moments(weight)) == {"exp_avg", "exp_avg_sq"} and whole.steps() == {"w": 1}
+        else:
+            with pytest.raises(UsageError, match="max_exp_avg_sq|momentum_buffer"):
+                whole.moments(weight)
 
 
 def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
