@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,19 +17,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tinyllava_edge
-from tinyllava_edge.errors import StorageError, TinyLlavaEdgeError
-from tinyllava_edge.train import states
-from tinyllava_edge.train.dataset import StageData
+from tinyllava_edge import checkpoint as checkpoints
+from tinyllava_edge.errors import DataError, StorageError, TinyLlavaEdgeError, UsageError
+from tinyllava_edge.train import signals, spread, states
+from tinyllava_edge.train.dataset import StageData, prepare
+from tinyllava_edge.train.deal import DealtData
 from tinyllava_edge.train.faults import explained
 from tinyllava_edge.train.recipes import StageRecipe, override
 from tinyllava_edge.train.trainer import train, work_directory
 
-from .conftest import Files
+from .conftest import Files, message
 
 CHILD = Path(__file__).with_name("safety_child.py")
+ROOT = Path(__file__).parents[2]
 ENGINES_CHILD = Path(__file__).with_name("engines_child.py")
 # 20 rows in packs of up to 4 turns: 8 packs, 4 steps an epoch, 8 in all, states after 3, 6 and 8
 STAGE = StageRecipe(
@@ -181,6 +185,20 @@ def test_a_spoilt_state_is_never_taken(tmp_path: Path, name: str, spoil: str) ->
     assert states.open_work(work, {"stage": 2}, False) is None
 
 
+def test_what_a_state_cannot_hold_is_refused() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    for kind, options in ((torch.optim.AdamW, {}), (torch.optim.AdamW, {"amsgrad": True}), (torch.optim.SGD, {})):
+        optimizer = kind([weight], lr=0.1, **options, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        whole = spread.Whole({"w": weight}, optimizer)
+        if kind is torch.optim.AdamW and not options:
+            assert set(whole.moments(weight)) == {"exp_avg", "exp_avg_sq"} and whole.steps() == {"w": 1}
+        else:
+            with pytest.raises(UsageError, match="max_exp_avg_sq|momentum_buffer"):
+                whole.moments(weight)
+
+
 def test_large_states_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "SHARD_BYTES", 100)
     shards = states._Shards(tmp_path, "model")
@@ -220,6 +238,68 @@ def test_other_errors_are_not_explained_away(tmp_path: Path) -> None:
         raise RuntimeError("something else")
 
 
+def test_signals_ask_once_and_a_second_ctrl_c_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watch:
+        reason = ""
+
+    before = {number: signal.getsignal(number) for number in signals.ASKED}
+    for number, name in ((signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")):
+        watch = Watch()
+        with signals.Signals(watch) as asked:
+            assert asked.name() == "another process"
+            for _ in range(3):  # a terminal and a launcher both send it
+                os.kill(os.getpid(), number)
+            assert (watch.reason, asked.name()) == ("interrupt", name)
+            monkeypatch.setattr(signals, "AGAIN_SECONDS", -1.0)
+            with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+                os.kill(os.getpid(), number)
+            monkeypatch.undo()
+    assert {number: signal.getsignal(number) for number in signals.ASKED} == before
+
+
+def test_text_alone_is_trained_and_gone_on_with(
+    tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connector gets no gradient then, and has no moments to save. Several processes refuse it."""
+    rows = [
+        {"id": word, "conversations": [message("human", f"say {word}"), message("gpt", word)]}
+        for word in ("one", "two", "three", "four", "five", "six")
+    ]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps(rows))
+    text = dataclasses.replace(files, qa=data)
+    whole = train(tiny_checkpoint, STAGE, data, files.images, tmp_path / "whole", progress=False)
+    interrupted(tiny_checkpoint, text, tmp_path / "run", monkeypatch, 12)
+    result = train(tiny_checkpoint, STAGE, data, files.images, tmp_path / "run", progress=False)
+    assert 0 < result.resumed_from < 6 and result.losses == whole.losses
+    equal_files(tmp_path / "whole", tmp_path / "run")
+    prepared = prepare(checkpoints.load(tiny_checkpoint), STAGE, data, files.images)
+    dealt = DealtData(prepared, 2)
+    with pytest.raises(DataError, match="no row has a picture"):
+        dealt.batch([dealt[0]])
+
+
+def test_processes_make_a_thing_one_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tinyllava_edge.train import launch\n"
+        "target = Path(sys.argv[1]) / 'made'\n"
+        "with launch.one_at_a_time(target):\n"
+        "    if not target.exists():\n"
+        "        time.sleep(0.3); target.touch(exist_ok=False); print('made', launch.is_first())\n"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**ENVIRONMENT, "RANK": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [child.communicate(timeout=60)[0] for child in children]
+    assert sorted(said) == ["", "", "made False\n"] and [child.returncode for child in children] == [0, 0, 0]
+
+
 def torchrun(*command: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
 
@@ -249,41 +329,90 @@ def test_a_dead_process_ends_all_and_the_same_command_goes_on(
     assert done.resumed_from >= 4 and len(done.losses) == done.resumed_from + 1
 
 
-def test_a_schedulers_signal_to_every_process_saves_and_leaves(
+SHIMS = {  # Slurm isn't there: two "machines" on this one, and signals that reach every process of the step
+    "srun": """#!/bin/bash
+echo $$ > "$SHIMS/step"
+while [[ "$1" == --* ]]; do shift; done
+for ((k = 0; k < SLURM_NNODES; k++)); do "$@" & done
+status=0
+for job in $(jobs -p); do wait "$job" || status=$?; done
+exit "$status"
+""",
+    "scancel": f"""#!{sys.executable}
+import os, psutil, signal, sys
+assert sys.argv[1:] == ["--signal=USR1", "77"], sys.argv
+step = psutil.Process(int(open(os.environ["SHIMS"] + "/step").read()))
+for process in step.children(recursive=True):
+    process.send_signal(signal.SIGUSR1)
+""",
+    "scontrol": '#!/bin/bash\n[ "$1" = show ] && echo localhost && exit\necho "$@" >> "$SHIMS/scontrol.log"\n',
+}
+
+
+def test_a_slurm_job_saves_before_its_time_is_up_and_is_put_back_in_the_queue(
     tiny_checkpoint: Path, files: Files, tmp_path: Path
 ) -> None:
-    """As Slurm does with --signal=USR1@…: the launcher of train/slurm/*.sbatch ignores it, the processes save."""
-    stage = override(STAGE, {"epochs": 500.0, "save_steps": 1000, "micro_batch": 1})
+    """The script itself runs two torchruns with a process each: USR1 to it, a whole state, exit code 1, a requeue."""
+    for name, text in SHIMS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    stage = override(STAGE, {"epochs": 500.0, "save_steps": 4, "micro_batch": 1})
     lines = [f"{key} = {json.dumps(value)}" for key, value in plain(stage).items()]
     (tmp_path / "recipe.toml").write_text("\n".join(['name = "x"', "[[stages]]", *lines]))
-    command = torchrun(
-        *["-m", "tinyllava_edge", "train", "--recipe", str(tmp_path / "recipe.toml"), "--stage", "s"],
-        *["--data", str(files.qa), "--images", str(files.images), "--checkpoint", str(tiny_checkpoint)],
-        *["-o", str(tmp_path / "run")],
-    )
+    job = str(10_000 + os.getpid() % 10_000)  # the port follows from it
+    (tmp_path / "scancel").write_text(SHIMS["scancel"].replace('"77"', f'"{job}"'))
+    slurm = {"JOB_ID": job, "GPUS_ON_NODE": "1", "CPUS_PER_TASK": "1", "NNODES": "2", "JOB_NODELIST": "localhost"}
+    environment = {
+        **{name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"},
+        **{f"SLURM_{name}": value for name, value in slurm.items()},
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SHIMS": str(tmp_path),
+    }
     child = subprocess.Popen(
-        ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command],
-        env=ENVIRONMENT,
+        [
+            *["bash", str(ROOT / "train" / "slurm" / "many_nodes.sbatch")],
+            *["--recipe", str(tmp_path / "recipe.toml"), "--stage", "s", "--checkpoint", str(tiny_checkpoint)],
+            *["--data", str(files.qa), "--images", str(files.images), "-o", str(tmp_path / "run")],
+        ],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     work = work_directory(tmp_path / "run")
-    wait_for(child, lambda: (work / states.JOB).is_file())
-    time.sleep(3)  # training has begun
-    launcher = psutil.Process(child.pid)
-    for process in [launcher, *launcher.children(recursive=True)]:
-        process.send_signal(signal.SIGUSR1)
+    tree = psutil.Process(child.pid)
     try:
+        wait_for(child, lambda: states.states_in(work))
+        child.send_signal(signal.SIGUSR1)
         out, said = child.communicate(timeout=60)
     finally:
-        for process in [*launcher.children(recursive=True), launcher] if child.poll() is None else []:
+        for process in [*tree.children(recursive=True), tree] if child.poll() is None else []:
             process.kill()
-    assert child.returncode == 1 and out == ""
-    assert "interrupted at step" in said and "by SIGUSR1" in said and "same command again" in said
-    (state,) = states.states_in(work)
-    assert states.fault_of(state) == "" and not (tmp_path / "run").exists()
-    assert load_file(state / "model.safetensors")
+    assert child.returncode == 1 and out == "", said
+    assert "interrupted at step" in said and "by SIGUSR1" in said
+    kept = states.states_in(work)
+    assert states.fault_of(kept[-1]) == "" and len(kept) <= 2 and not (tmp_path / "run").exists()
+    assert (tmp_path / "scontrol.log").read_text() == f"requeue {job}\n"
+
+
+def test_both_slurm_scripts_wait_and_requeue_alike() -> None:
+    folder = ROOT / "train" / "slurm"
+    one, many = ((folder / f"{name}.sbatch").read_text() for name in ("one_node", "many_nodes"))
+    assert one.partition("step=$!")[2].replace(" # the trap ended the first wait", "") == many.partition("step=$!")[2]
+    for text in (one, many):
+        assert "trap 'warned=1; scancel --signal=USR1 \"$SLURM_JOB_ID\"' USR1\n" in text
+        assert "#SBATCH --signal=B:USR1@600" in text and "#SBATCH --requeue" in text
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_accelerates_files_can_be_read() -> None:
+    """Its launcher needs GPUs for them, so that they are only parsed here."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name, machines in (("one_node", 1), ("many_nodes", 2)):
+        config = load_config_from_file(str(ROOT / "train" / "accelerate" / f"{name}.yaml"))
+        assert (config.num_machines, config.num_processes) == (machines, 8 * machines)
+        assert config.distributed_type == "MULTI_GPU" and config.mixed_precision == "no"
 
 
 def wait_for(child: subprocess.Popen[str], there: Any) -> None:

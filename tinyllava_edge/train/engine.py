@@ -32,6 +32,7 @@ from .states import WHOLE, Saved, everything, open_work, write_state
 __all__ = ["WHOLE", "StageTrainer", "arguments", "fast_bf16", "newest_state", "open_work"]
 
 LOOPBACK = "127.0.0.1"
+WAIT_SECONDS = 7200  # for the others, while the first process reads data or writes a state
 
 
 def arguments(
@@ -79,6 +80,7 @@ def arguments(
         dataloader_num_workers=workers,
         dataloader_pin_memory=device != "cpu",
         ddp_find_unused_parameters=False,
+        ddp_timeout=WAIT_SECONDS,
         label_names=["labels"],
         deepspeed=dict(engine.deepspeed) or None,
     )
@@ -259,7 +261,7 @@ def newest_state(work: Path, job: dict[str, Any], resume: bool, settings: Traini
     """`open_work` by the writing process; the others follow it. Collective.
 
     Raises:
-        StorageError: it holds the states of another job.
+        StorageError: it holds the states of another job, or isn't there for this process.
     """
     found, failure = None, None
     if settings.should_save:
@@ -270,4 +272,7 @@ def newest_state(work: Path, job: dict[str, Any], resume: bool, settings: Traini
     failed, step = highest(settings.device, failure is not None, int(found.name.rpartition("-")[2]) + 1 if found else 0)
     if failed:
         raise failure or StorageError(f"{work}: the first process refused it", "see what it says")
-    return work / f"checkpoint-{step - 1}" if step else None
+    state = work / f"checkpoint-{step - 1}" if step else None
+    if state is not None and not state.is_dir():
+        raise StorageError(f"{state} can't be seen from here", "put -o on a file system that all machines see")
+    return state

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..errors import UsageError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Read = Callable[[str], torch.Tensor]  # key → whole tensor, float32, on the CPU
 
@@ -52,6 +54,9 @@ class Whole:
 
     def moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         state = self.optimizer.state.get(parameter) or {}
+        unknown = set(state) - {"step", *MOMENTS}
+        if unknown:  # leaving it out would change what follows
+            raise UsageError(f"the optimiser keeps {', '.join(sorted(unknown))}, which no state holds", "use AdamW")
         return {key: self.join(state[key]) for key in MOMENTS if key in state}
 
     def steps(self) -> dict[str, int]:

@@ -268,6 +268,11 @@ def _whole(
             for name, parameter in model.named_parameters():
                 if name in gathered:
                     parameter.copy_(gathered[name])
+    device = trainer.args.device
+    if device.type == "cuda":  # for scoring, if there is room beside the parts
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(device)[0] > 1.5 * sum(p.numel() * p.element_size() for p in model.parameters()):
+            model.to(device)
     return dataclasses.replace(start, model=model)
 
 
