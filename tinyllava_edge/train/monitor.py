@@ -13,7 +13,7 @@ from .pictures import Pixels
 from .progress import Watch
 from .recipes import StageRecipe
 from .samples import SampleAnswers, choose, prompts
-from .throughput import Throughput, device_peak
+from .throughput import Throughput, count_parts, device_peak
 from .track_files import Run
 from .tracking import DEFAULT, Trackers, check_trackers
 
@@ -65,6 +65,7 @@ def attach(
     settings, model = trainer.args, start.model
     peak = device_peak("bf16" if settings.bf16 else "fp32", monitor.peak_tflops)
     watch.throughput = Throughput.of(model, start.spec, stage, peak, settings.world_size)
+    watch.parts = count_parts(model)  # before an engine spreads them
     trainer.model.register_forward_pre_hook(watch.throughput.count, with_kwargs=True)
     if not settings.should_save:  # of several processes, one talks and writes
         return

@@ -76,7 +76,8 @@ class Watch(TrainerCallback):
         self.began = 0.0
         self.seconds = 0.0  # of training, known when it has ended
         self.mark = 0.0  # when the step began that is running
-        self.memory = 0
+        self.memory = 0  # bytes, at the last step
+        self.parts: dict[str, dict[str, int]] = {}  # what is trained, see count_parts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

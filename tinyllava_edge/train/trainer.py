@@ -34,7 +34,6 @@ from .pictures import CACHE_BYTES
 from .progress import Interrupted, InterruptOnce, Meter, Watch
 from .recipes import StageRecipe
 from .score import score
-from .throughput import count_parts
 
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
@@ -165,7 +164,7 @@ def train(
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
     shown = partial(attach, monitor, data=eval_data or data, images=images, out=out)
     trainer = _fit(start, stage, prepared, settings, state, watch, shown)
-    seconds, rates, parts = watch.seconds, watch.throughput.whole, count_parts(start.model)
+    seconds, rates = watch.seconds, watch.throughput.whole
     losses = tuple(float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     trained = _whole(trainer, start)
     scored = None
@@ -190,7 +189,7 @@ def train(
         mfu=rates.mfu,
         memory_bytes=watch.memory,
         devices=settings.world_size,
-        parts=parts,
+        parts=watch.parts,
         final_loss=sum(losses[-LAST:]) / max(1, len(losses[-LAST:])),
         losses=losses,
         stopped_early=watch.reason,
