@@ -104,18 +104,17 @@ def test_parts_add_up(tiny_checkpoint: Path) -> None:
 
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user says, then the table by exact name; an unknown device, TF32 and a processor have none."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for wrong in (0.0, -1.0, 1e9, float("nan")):
         with pytest.raises(UsageError, match="--peak-tflops"):
-            device_peak("bf16", wrong)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_peak("bf16", None) is None and device_peak("fp32", 0.4) == 0.4
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            device_peak("bf16", wrong, gpu)
+    assert device_peak("bf16", None, cpu) is None and device_peak("fp32", 0.4, cpu) == 0.4
     for name, bf16, fp32 in (("NVIDIA H100 80GB HBM3", 989.4, 66.9), ("Tesla T4", None, 8.1), ("H100", None, None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert (device_peak("bf16", None), device_peak("fp32", None)) == (bf16, fp32)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert (device_peak("bf16", None, gpu), device_peak("fp32", None, gpu)) == (bf16, fp32)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert (device_peak("bf16", None), device_peak("fp32", None)) == (989.4, None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert (device_peak("bf16", None, gpu), device_peak("fp32", None, gpu)) == (989.4, None)
 
 
 class Clock:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from .pictures import Pixels
@@ -38,7 +40,10 @@ class Monitor:
             given = getattr(self, name)
             if given is not None and not 0 <= given < 1 << 31:
                 raise UsageError(f"{name} = {given}", "a number from 0 on is needed; 0 turns samples off")
-        device_peak("bf16", self.peak_tflops)
+        device_peak("bf16", self.peak_tflops, torch.device("cpu"))
+
+
+USUAL = Monitor()
 
 
 def attach(
@@ -63,7 +68,7 @@ def attach(
         DataError: no row to choose from.
     """
     settings, model = trainer.args, start.model
-    peak = device_peak("bf16" if settings.bf16 else "fp32", monitor.peak_tflops)
+    peak = device_peak("bf16" if settings.bf16 else "fp32", monitor.peak_tflops, settings.device)
     watch.throughput = Throughput.of(model, start.spec, stage, peak, settings.world_size)
     watch.parts = count_parts(model)  # before an engine spreads them
     trainer.model.register_forward_pre_hook(watch.throughput.count, with_kwargs=True)

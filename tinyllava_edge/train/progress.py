@@ -112,7 +112,7 @@ class Watch(TrainerCallback):
         if not math.isfinite(self.loss):
             self.reason, control.should_training_stop, control.should_save = "loss", True, False
         now = time.monotonic()
-        rates = self.throughput.step(now - self.mark)
+        rates = self.throughput.step(now - self.mark, args.device)
         self.mark, self.memory = now, memory_bytes(args.device)
         self.meter.show(self._line(state, float(logs["learning_rate"])))
         if self.trackers is not None:

@@ -28,7 +28,7 @@ from ..files import sha256_tree, write_json
 from .backbones import init_checkpoint
 from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, open_work
-from .monitor import Monitor, attach
+from .monitor import USUAL, Monitor, attach
 from .objective import Objective, freeze
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, InterruptOnce, Meter, Watch
@@ -119,7 +119,7 @@ def train(
     workers: int = 0,
     device: str | None = None,
     progress: bool = True,
-    monitor: Monitor = Monitor(),  # noqa: B008  frozen
+    monitor: Monitor = USUAL,
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
 
