@@ -146,7 +146,7 @@ class Watch(TrainerCallback):
         """The last line stays."""
         self.seconds = time.monotonic() - self.began
         rates = self.throughput.whole
-        self.meter.show(f"{self._start(state)}  {self._rates(rates)}  {_clock(self.seconds)} in all", last=True)
+        self.meter.show(f"{self._start(state, f'{_clock(self.seconds)} in all')}  {self._rates(rates)}", last=True)
 
     def close(self) -> None:
         """Finish the trackers, however training ended."""
@@ -156,11 +156,12 @@ class Watch(TrainerCallback):
     def _line(self, state: TrainerState, rate: float) -> str:
         done = state.global_step - self.first_step
         left = (state.max_steps - state.global_step) * (time.monotonic() - self.began) / max(1, done)
-        rates = self._rates(self.throughput.lately())
-        return f"{self._start(state)}  lr {rate:.1e}  {rates}  {_clock(left)} left"
+        start = self._start(state, f"{_clock(left)} left")
+        return f"{start}  lr {rate:.1e}  {self._rates(self.throughput.lately())}"
 
-    def _start(self, state: TrainerState) -> str:
-        return f"{self.stage}: step {state.global_step}/{state.max_steps}  loss {self.loss:.4f}"
+    def _start(self, state: TrainerState, when: str) -> str:
+        """What must not be cut off in a narrow terminal."""
+        return f"{self.stage}: step {state.global_step}/{state.max_steps}, {when}  loss {self.loss:.4f}"
 
     def _rates(self, rates: Rates) -> str:
         parts = [f"{rates.images_per_s:,.0f} images/s", f"{rates.tokens_per_s:,.0f} tokens/s"]
