@@ -197,7 +197,7 @@ def test_spread_weights_are_not_asked_and_this_is_said(
     tiny_checkpoint: Path, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = checkpoints.load(tiny_checkpoint)
-    settings = SimpleNamespace(bf16=False, world_size=2, should_save=True)
+    settings = SimpleNamespace(bf16=False, world_size=2, should_save=True, device=start.model.device)
     for fsdp, deepspeed in ((True, False), (False, True)):
         fake = SimpleNamespace(
             args=settings, model=start.model, is_fsdp_enabled=fsdp, is_deepspeed_enabled=deepspeed, callbacks=[]

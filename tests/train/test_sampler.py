@@ -28,9 +28,7 @@ from tinyllava_edge.train.trainer import train
 
 from .conftest import Files
 
-STAGE = StageRecipe(
-    "finetune", "model", "full", 1e-3, 6, epochs=2, max_turns=2, precision="fp32", save_steps=100
-)
+STAGE = StageRecipe("finetune", "model", "full", 1e-3, 6, epochs=2, max_turns=2, precision="fp32", save_steps=100)
 
 
 def test_the_order_is_new_each_epoch_the_same_for_a_seed_and_whole() -> None:

@@ -64,8 +64,9 @@ def test_operations_are_the_plans(tiny_checkpoint: Path, stage: Any) -> None:
     start = checkpoints.load(tiny_checkpoint)
     model, spec = start.model, start.spec
     trainer.freeze(model, stage)
-    shape, image = model_shape(model, spec), spec.visual_tokens
-    made = Throughput.of(model, spec, stage, 1e-3, 2)
+    shape, image = model_shape(model, spec, stage), spec.visual_tokens
+    made = Throughput.of(model, spec, stage)
+    made.set_peak(1e-3, 2)
     want = {"flop": 0.0, "flop_done": 0.0}
     for n, answers in ((image + 40, 7), (image + 90, 31)):
         marks = np.arange(n) >= n - answers
@@ -90,7 +91,8 @@ def test_a_model_without_a_formula_has_no_mfu(tiny_checkpoint: Path, monkeypatch
     start = checkpoints.load(tiny_checkpoint)
     monkeypatch.setattr(throughput, "model_shape", unknown)
     assert Cost.of(start.model, start.spec, ANSWERS) is None
-    made = Throughput.of(start.model, start.spec, ANSWERS, 1.0, 1)
+    made = Throughput.of(start.model, start.spec, ANSWERS)
+    made.set_peak(1.0, 1)
     assert made.step(1.0).mfu is None and made.whole.hfu is None
 
 
@@ -105,18 +107,17 @@ def test_parts_add_up(tiny_checkpoint: Path) -> None:
 
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user says, then the table by exact name; an unknown device, TF32 and a processor have none."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for wrong in (0.0, -1.0, 1e9, float("nan")):
         with pytest.raises(UsageError, match="--peak-tflops"):
-            device_peak("bf16", wrong)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_peak("bf16", None) is None and device_peak("fp32", 0.4) == 0.4
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+            device_peak("bf16", wrong, gpu)
+    assert device_peak("bf16", None, cpu) is None and device_peak("fp32", 0.4, cpu) == 0.4
     for name, bf16, fp32 in (("NVIDIA H100 80GB HBM3", 989.4, 66.9), ("Tesla T4", None, 8.1), ("H100", None, None)):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
-        assert (device_peak("bf16", None), device_peak("fp32", None)) == (bf16, fp32)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert (device_peak("bf16", None, gpu), device_peak("fp32", None, gpu)) == (bf16, fp32)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    assert (device_peak("bf16", None), device_peak("fp32", None)) == (989.4, None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert (device_peak("bf16", None, gpu), device_peak("fp32", None, gpu)) == (989.4, None)
 
 
 class Clock:
@@ -155,10 +156,10 @@ def test_the_progress_line_and_what_its_rates_leave_out(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
     assert re.fullmatch(
-        r"finetune: step 10/4000  loss 1\.5000  lr 9\.8e-04  12 images/s  0 tokens/s  0\.\d\d GB  13:18:00 left",
+        r"finetune: step 10/4000, 13:18:00 left  loss 1\.5000  lr 9\.8e-04  12 images/s  0 tokens/s  0\.\d\d GB",
         lines[9],
     )
     assert re.fullmatch(
-        r"finetune: step 10/4000  loss 1\.5000  12 images/s  0 tokens/s  0\.\d\d GB  2:00 in all", lines[10]
+        r"finetune: step 10/4000, 2:00 in all  loss 1\.5000  12 images/s  0 tokens/s  0\.\d\d GB", lines[10]
     )
     assert watch.throughput.whole.seconds == pytest.approx(20.0)

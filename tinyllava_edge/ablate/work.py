@@ -82,9 +82,11 @@ def _init(work: Init, out: Path) -> None:
 
 
 def _train(work: Train, out: Path, progress: bool) -> bool:
+    from ..train.monitor import Monitor
     from ..train.trainer import train
 
-    result = train(work.source, work.stage, work.data, work.images, out, force=True, progress=progress)
+    monitor = Monitor(track=("jsonl",), samples=0)  # a grid has many runs
+    result = train(work.source, work.stage, work.data, work.images, out, force=True, progress=progress, monitor=monitor)
     return result.resumed_from > 0
 
 

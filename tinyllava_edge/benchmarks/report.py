@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def render_report(
     png: Path | None = None,
     budget: Budget | None = None,
     command: str = "",
+    training: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Write the report and, on request, its table as Markdown and its plots as PNG.
 
@@ -49,6 +50,7 @@ def render_report(
         png: Pareto plots for a README.
         budget: limits of the decision in base units, see `decision.COSTS`.
         command: how to make this very page; shown below the commands of the results.
+        training: what `training_section` made of the files of trainings.
 
     Raises:
         DataError: runs are not comparable.
@@ -56,7 +58,7 @@ def render_report(
         DependencyError: matplotlib is not installed.
     """
     summary = summarise(samples, budget)
-    write_text(out, html(samples, summary, images, command))
+    write_text(out, html(samples, summary, images, command, training))
     if markdown:
         write_text(markdown, markdown_table(summary))
     if png and (found := plots.plots(summary)):
@@ -64,7 +66,13 @@ def render_report(
     return summary
 
 
-def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None, command: str = "") -> str:
+def html(
+    samples: Sequence[Sample],
+    summary: Summary,
+    images: Path | None = None,
+    command: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> str:
     """The whole page. Every string from the results is escaped by the template engine.
 
     Raises:
@@ -111,6 +119,7 @@ def html(samples: Sequence[Sample], summary: Summary, images: Path | None = None
         scores=[s for s in samples if s.kind == "accuracy" and s.detail.get("headline", True)],
         commands=list(dict.fromkeys([*typed_commands(samples), *([command] if command else [])])),
         lines=len(samples),
+        training=training,
     )
 
 

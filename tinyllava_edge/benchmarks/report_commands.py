@@ -13,6 +13,7 @@ from tinyllava_edge.benchmarks.budget import Budget, parse_budget
 from tinyllava_edge.benchmarks.latency_compare import LatencyComparison
 from tinyllava_edge.benchmarks.out_file import check_target
 from tinyllava_edge.benchmarks.report import inline, page, render_report, typed_commands
+from tinyllava_edge.benchmarks.report_training import training_section, write_training_page
 from tinyllava_edge.benchmarks.results import Sample, read_results
 from tinyllava_edge.benchmarks.summary_types import WHOLE
 from tinyllava_edge.errors import UsageError
@@ -25,6 +26,7 @@ def write_report(
     images: Path | None = None,
     budget: str | Budget | Mapping[str, float] | None = None,
     against: Path | None = None,
+    training: Sequence[Path] = (),
 ) -> str:
     """Draw report.html, its table as Markdown and its plots as PNG from results files.
 
@@ -37,6 +39,7 @@ def write_report(
         images: pictures that were evaluated, to show flips.
         budget: `ttft=500ms,rss=1.2GB,size=900MB,total=2s,energy=5J,drop=0.5`, or what `parse_budget` made of it.
         against: results of another run, shown beside `results` (A) as B.
+        training: files of trainings as `read_trainings` takes them; without results the page is about them alone.
 
     Returns:
         A sentence for people: which build to ship, or what changed.
@@ -50,13 +53,19 @@ def write_report(
     """
     if out.suffix != ".html":
         raise UsageError(f"{out} is no HTML file's name", "name a file that ends in .html; .md and .png go beside it")
+    if training and not results:
+        if budget or against or images:
+            raise UsageError("--training alone takes no other option than -o", "name results too, or drop the others")
+        return write_training_page(training, out)
     limits = _limits(budget)
     files = [*results, *([against] if against is not None else [])]
     if not results:
         raise UsageError("no results file", "name a results.jsonl that `bench` or `eval` wrote")
     if len({path.resolve() for path in files}) != len(files):
         raise UsageError("one results file is named twice", "name each file once")
-    _check_places(out, files)
+    if against is not None:
+        _no_training(training)
+    _check_places(out, [*files, *training])
     read = {path: read_results([path]) for path in files}
     text = budget.text if isinstance(budget, Budget) else budget if isinstance(budget, str) else ""
     if against is not None:
@@ -65,13 +74,17 @@ def write_report(
         return _write_sides(first, read[against], (_title(results), _title([against])), out, limits, "", text, files)
     why = _no_pooling(results, read) if len(results) != 2 else sides.overlap(*read.values())
     if why:
+        _no_training(training)
         a, b = results
         names = (a.name, b.name) if a.name != b.name else (str(a), str(b))
         return _write_sides(read[a], read[b], names, out, limits, why, text, files)
-    command = _command(files, text, out, images=images)
+    command = _command(files, text, out, images=images, training=training)
     samples = [sample for path in results for sample in read[path]]
     markdown, png = out.with_suffix(".md"), out.with_suffix(".png")
-    found = render_report(samples, out, images=images, markdown=markdown, png=png, budget=limits, command=command)
+    shown = training_section(training) if training else None
+    found = render_report(
+        samples, out, images=images, markdown=markdown, png=png, budget=limits, command=command, training=shown
+    )
     ships = [f"{d.build or 'none'}" + (f" on {d.target}" if len(found.decisions) > 1 else "") for d in found.decisions]
     return f"ship {', '.join(ships)}"
 
@@ -188,6 +201,11 @@ def _no_pooling(results: Sequence[Path], read: Mapping[Path, Sequence[Sample]]) 
     return ""
 
 
+def _no_training(training: Sequence[Path]) -> None:
+    if training:
+        raise UsageError("--training goes with one run's results", "for the trainings alone leave the results out")
+
+
 def _limits(budget: str | Budget | Mapping[str, float] | None) -> Mapping[str, float]:
     parsed = parse_budget(budget) if isinstance(budget, str) and budget else budget
     return parsed.limits if isinstance(parsed, Budget) else parsed if isinstance(parsed, Mapping) else {}
@@ -198,11 +216,17 @@ def _title(paths: Sequence[Path]) -> str:
 
 
 def _command(
-    files: Sequence[Path], budget: str, out: Path, images: Path | None = None, against: Path | None = None
+    files: Sequence[Path],
+    budget: str,
+    out: Path,
+    images: Path | None = None,
+    against: Path | None = None,
+    training: Sequence[Path] = (),
 ) -> str:
     """How to make this page again; files by their names, for where they lie is nobody's business."""
     words = ["tinyllava-edge", "report", *(path.name for path in files)]
     words += ["--against", against.name] if against is not None else []
     words += ["--images", images.resolve().name or "."] if images is not None else []
+    words += [word for path in training for word in ("--training", path.name)]
     words += ["--budget", budget] if budget else []
     return shlex.join([*words, "-o", out.name])

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
 from .progress import Watch
@@ -37,7 +39,10 @@ class Monitor:
             given = getattr(self, name)
             if given is not None and not 0 <= given < 1 << 31:
                 raise UsageError(f"{name} = {given}", "a number from 0 on is needed; 0 turns samples off")
-        device_peak("bf16", self.peak_tflops)
+        device_peak("bf16", self.peak_tflops, torch.device("cpu"))
+
+
+USUAL = Monitor()
 
 
 def attach(
@@ -63,7 +68,8 @@ def attach(
         DataError: no row to choose from.
     """
     settings = trainer.args
-    throughput.set_peak(device_peak("bf16" if settings.bf16 else "fp32", monitor.peak_tflops), settings.world_size)
+    precision = "bf16" if settings.bf16 else "fp32"
+    throughput.set_peak(device_peak(precision, monitor.peak_tflops, settings.device), settings.world_size)
     watch.throughput = throughput
     trainer.model.register_forward_pre_hook(watch.throughput.count, with_kwargs=True)
     if not settings.should_save:  # of several processes, one talks and writes

@@ -73,7 +73,7 @@ class Watch(TrainerCallback):
         self.began = 0.0
         self.seconds = 0.0  # of training, known when it has ended
         self.mark = 0.0  # when the step began that is running
-        self.memory = 0
+        self.memory = 0  # bytes, at the last step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,7 +108,7 @@ class Watch(TrainerCallback):
         if not math.isfinite(self.loss):
             self.reason, control.should_training_stop, control.should_save = "loss", True, False
         now = time.monotonic()
-        rates = self.throughput.step(now - self.mark)
+        rates = self.throughput.step(now - self.mark, args.device)
         self.mark, self.memory = now, memory_bytes(args.device)
         self.meter.show(self._line(state, float(logs["learning_rate"])))
         if self.trackers is not None:
@@ -142,7 +142,7 @@ class Watch(TrainerCallback):
         """The last line stays."""
         self.seconds = time.monotonic() - self.began
         rates = self.throughput.whole
-        self.meter.show(f"{self._start(state)}  {self._rates(rates)}  {_clock(self.seconds)} in all", last=True)
+        self.meter.show(f"{self._start(state, f'{_clock(self.seconds)} in all')}  {self._rates(rates)}", last=True)
 
     def close(self) -> None:
         """Finish the trackers, however training ended."""
@@ -152,11 +152,12 @@ class Watch(TrainerCallback):
     def _line(self, state: TrainerState, rate: float) -> str:
         done = state.global_step - self.first_step
         left = (state.max_steps - state.global_step) * (time.monotonic() - self.began) / max(1, done)
-        rates = self._rates(self.throughput.lately())
-        return f"{self._start(state)}  lr {rate:.1e}  {rates}  {_clock(left)} left"
+        start = self._start(state, f"{_clock(left)} left")
+        return f"{start}  lr {rate:.1e}  {self._rates(self.throughput.lately())}"
 
-    def _start(self, state: TrainerState) -> str:
-        return f"{self.stage}: step {state.global_step}/{state.max_steps}  loss {self.loss:.4f}"
+    def _start(self, state: TrainerState, when: str) -> str:
+        """What must not be cut off in a narrow terminal."""
+        return f"{self.stage}: step {state.global_step}/{state.max_steps}, {when}  loss {self.loss:.4f}"
 
     def _rates(self, rates: Rates) -> str:
         parts = [f"{rates.images_per_s:,.0f} images/s", f"{rates.tokens_per_s:,.0f} tokens/s"]

@@ -160,9 +160,10 @@ class Throughput:
         found = count(batch)
         self.pending = found if self.pending is None else self.pending + found
 
-    def step(self, seconds: float) -> Rates:
-        """What was counted since the last call; with several processes each must call it."""
-        pending = torch.zeros(len(COUNTED)) if self.pending is None else self.pending
+    def step(self, seconds: float, device: torch.device | str = "cpu") -> Rates:
+        """What was counted since the last call; with several processes each must call it, with its own device."""
+        nothing = torch.zeros(len(COUNTED), dtype=torch.float64, device=device)
+        pending = nothing if self.pending is None else self.pending
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(pending)
         counted = dict(zip(COUNTED, pending.tolist(), strict=True))
@@ -203,12 +204,13 @@ def count(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.stack([*(value.double() for value in values), *lengths.new_tensor(counts)])
 
 
-def device_peak(precision: str, given: float | None) -> float | None:
-    """Dense peak of this process's device in 10¹² operations per second; None where nobody knows.
+def device_peak(precision: str, given: float | None, device: torch.device) -> float | None:
+    """Dense peak of a device in 10¹² operations per second; None where nobody knows, as for a processor.
 
     Args:
         precision: `bf16` or `fp32`, what runs.
         given: what the user says; it goes before the table.
+        device: what is trained on.
 
     Raises:
         UsageError: a peak out of range.
@@ -217,9 +219,9 @@ def device_peak(precision: str, given: float | None) -> float | None:
         if not 0 < given < 1e9:
             raise UsageError(f"--peak-tflops {given:g}", "give the dense peak of one device, e.g. 312")
         return given
-    if not torch.cuda.is_available() or (precision == "fp32" and torch.get_float32_matmul_precision() != "highest"):
+    if device.type != "cuda" or (precision == "fp32" and torch.get_float32_matmul_precision() != "highest"):
         return None
-    bf16, fp32 = PEAKS.get(torch.cuda.get_device_name(), (None, None))
+    bf16, fp32 = PEAKS.get(torch.cuda.get_device_name(device), (None, None))
     return bf16 if precision == "bf16" else fp32
 
 

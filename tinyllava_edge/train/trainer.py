@@ -31,7 +31,7 @@ from .dataset import StageData, prepare
 from .engine import StageTrainer, arguments, newest_state
 from .engines import Engine
 from .faults import AGAIN, explained
-from .monitor import Monitor, attach
+from .monitor import USUAL, Monitor, attach
 from .objective import Objective, attention_of
 from .parts import adapts, count_parts, freeze
 from .pictures import CACHE_BYTES
@@ -84,7 +84,7 @@ def train(
     device: str | None = None,
     engine: Engine | None = None,
     progress: bool = True,
-    monitor: Monitor = Monitor(),  # noqa: B008  frozen
+    monitor: Monitor = USUAL,
 ) -> TrainResult:
     """Train one stage and write a checkpoint, whole or not at all.
 
@@ -140,7 +140,7 @@ def train(
         job["adapter_sha256"] = sha256_tree(adapter)
     state = newest_state(work, job, resume, settings)
     watch = Watch(stage.name, stage.batch_size, max_seconds, progress)
-    asked = prepared.source if eval_data is None else open_source(eval_data, images, place)
+    asked = open_source(data if eval_data is None else eval_data, images, place)
     shown = partial(attach, monitor, source=asked, out=out)
     parts = count_parts(start.model, stage)
     trainer = _fit(start, stage, prepared, settings, state, watch, engine, attention, adapter, shown)
