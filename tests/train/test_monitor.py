@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,11 +19,13 @@ from tinyllava_edge.errors import TinyLlavaEdgeError, UsageError
 from tinyllava_edge.runtimes.reference import open_reference
 from tinyllava_edge.train import samples
 from tinyllava_edge.train.dataset import StageData
+from tinyllava_edge.train.engines import Engine
 from tinyllava_edge.train.monitor import Monitor, attach
 from tinyllava_edge.train.progress import Watch
 from tinyllava_edge.train.recipes import PRESETS
 from tinyllava_edge.train.samples import MAX_TOKENS, answer, choose, prompts, undisturbed
 from tinyllava_edge.train.source import open_source
+from tinyllava_edge.train.throughput import Throughput
 from tinyllava_edge.train.trainer import TrainResult, train
 
 from .conftest import Files
@@ -33,7 +33,7 @@ from .conftest import Files
 ANSWERS = replace(
     PRESETS["base-nano"].stages[1], batch_size=2, epochs=4.0, learning_rate=2e-3, max_turns=4, precision="fp32"
 )
-SHARE = replace(PRESETS["share-nano"].stages[1], batch_size=4, precision="fp32")
+SHARE = replace(PRESETS["share-nano"].stages[1], tower="from-1", batch_size=4, precision="fp32")
 BLIND = Monitor(track=(), samples=0)
 
 
@@ -131,14 +131,13 @@ def test_the_log_and_the_result_tell_the_same(seen: tuple[TrainResult, Path]) ->
 def test_a_resumed_run_has_each_step_once(
     tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: tuple[TrainResult, Path]
 ) -> None:
-    """Ended by a second Ctrl-C, without a state of the last steps: they are done and logged again."""
+    """Ended at once, without a state of the last steps: they are done and logged again."""
     out, calls, real = tmp_path / "run", [0], StageData.batch
 
     def batch(self: StageData, packs: list[Any]) -> Any:
         calls[0] += 1
         if calls[0] == 9:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            raise KeyboardInterrupt
         return real(self, packs)
 
     stage, monitor = replace(ANSWERS, save_steps=5), Monitor(track=("jsonl",), samples=5, sample_every=3)
@@ -198,12 +197,12 @@ def test_spread_weights_are_not_asked_and_this_is_said(
 ) -> None:
     start = checkpoints.load(tiny_checkpoint)
     settings = SimpleNamespace(bf16=False, world_size=2, should_save=True, device=start.model.device)
-    for fsdp, deepspeed in ((True, False), (False, True)):
-        fake = SimpleNamespace(
-            args=settings, model=start.model, is_fsdp_enabled=fsdp, is_deepspeed_enabled=deepspeed, callbacks=[]
-        )
+    source = open_source(files.qa, files.images, tmp_path)
+    for engine in ("fsdp", "zero2"):
+        fake = SimpleNamespace(args=settings, model=start.model, engine=Engine(engine), callbacks=[])
         fake.add_callback = fake.callbacks.append
-        attach(Monitor(), fake, Watch("s", 1, None, True), start, ANSWERS, files.qa, files.images, tmp_path / "x")
+        counts = Throughput.of(start.model, start.spec, ANSWERS)
+        attach(Monitor(), fake, Watch("s", 1, None, True), start, ANSWERS, source, tmp_path / "x", counts)
         assert fake.callbacks == [] and "weights are spread over devices" in capsys.readouterr().err
 
 

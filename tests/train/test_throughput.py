@@ -14,7 +14,7 @@ import torch
 
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import UsageError
-from tinyllava_edge.train import progress, throughput, trainer
+from tinyllava_edge.train import progress, throughput
 from tinyllava_edge.train.collate import Encoded, Pack, collate
 from tinyllava_edge.train.dataset import prepare
 from tinyllava_edge.train.parts import count_parts, freeze
@@ -27,7 +27,7 @@ from tinyllava_edge.train.throughput import COUNTED, Cost, Rates, Throughput, co
 from .conftest import Files
 
 ANSWERS = replace(PRESETS["base-nano"].stages[1], max_turns=4)
-SHARE = replace(PRESETS["share-nano"].stages[1], gradient_checkpointing=True)
+SHARE = replace(PRESETS["share-nano"].stages[1], tower="from-1", gradient_checkpointing=True)
 
 
 def counted(batch: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -40,12 +40,12 @@ def test_a_batch_counts_as_the_packs_that_it_holds(tiny_checkpoint: Path, files:
     start = checkpoints.load(tiny_checkpoint)
     data = prepare(start, replace(ANSWERS, max_turns=max_turns), files.mixed, files.images)
     packs = [data[k] for k in range(len(data))]
-    assert len({item.length for item in packs}) > 2 and any(item.image is None for item in packs)
+    assert len({item.length for item in packs}) > 2 and any(not item.images for item in packs)
     found = counted(data.batch(packs))
     assert found["position"] == sum(item.length for item in packs)
     assert found["square"] == sum(item.length**2 for item in packs)
     assert found["answer"] == sum(int(row.is_answer.sum()) for item in packs for row in item.rows)
-    assert found["connected"] == sum(item.image is not None for item in packs) and found["seen"] == 0  # cached
+    assert found["connected"] == sum(len(item.images) for item in packs) and found["seen"] == 0  # cached
     raw = prepare(start, replace(ANSWERS, max_turns=max_turns), files.mixed, files.images, cache_bytes=0)
     assert counted(raw.batch(packs)) == {**found, "seen": found["connected"]}
 
@@ -63,14 +63,14 @@ def test_operations_are_the_plans(tiny_checkpoint: Path, stage: Any) -> None:
     """Taken apart and put together again, for two batches of unlike lengths; with and without recomputation."""
     start = checkpoints.load(tiny_checkpoint)
     model, spec = start.model, start.spec
-    trainer.freeze(model, stage)
+    freeze(model, stage)
     shape, image = model_shape(model, spec, stage), spec.visual_tokens
     made = Throughput.of(model, spec, stage)
     made.set_peak(1e-3, 2)
     want = {"flop": 0.0, "flop_done": 0.0}
     for n, answers in ((image + 40, 7), (image + 90, 31)):
         marks = np.arange(n) >= n - answers
-        batch = collate([Pack((Encoded(np.full(n, 5, np.int32), marks, 0),), "x")] * 2, 0)
+        batch = collate([Pack((Encoded(np.full(n, 5, np.int32), marks, 0),), (0,))] * 2, 0)
         made.count(None, (), {**batch, "pixel_values": torch.zeros(2, 3, 64, 64)})
         for key, again in (("flop", False), ("flop_done", stage.gradient_checkpointing)):
             same = replace(stage, gradient_checkpointing=again)

@@ -116,7 +116,7 @@ def test_rows_are_cut_in_front_of_a_picture_that_does_not_fit(encoder: Encoder) 
             ids = twice[:kept]
             return Compact(ids, np.concatenate([once.is_answer] * 2)[:kept], 0, int((ids == self.image_id).sum()))
 
-    row = Row("r", "a.png", (Turn("<image>\nwhat?", "red"),))
+    row = Row("r", ("a.png",), (Turn("<image>\nwhat?", "red"),))
     whole = Encoder(tokenizer, TEMPLATES["llama"], SLOTS, 2048).encode(row)
     n, first = len(whole.ids), int(np.flatnonzero(whole.ids == encoder.image_id)[0])
     for limit, images in ((n + first, 1), (n + first + SLOTS - 1, 1), (n + first + SLOTS, 2)):
@@ -218,7 +218,7 @@ def test_killed_at_any_moment_it_is_written_by_the_next_run(
     child.join()
     store = token_store(source, encoder, cache, said.append)
     assert not said and len(store) == MANY
-    same(store.encoded(5000), encoder.encode(Row("", None, (Turn("question 5000?", "answer 5000"),))))
+    same(store.encoded(5000), encoder.encode(Row("", (), (Turn("question 5000?", "answer 5000"),))))
     assert sorted(path.name for path in cache.iterdir()) == [f".{store.root.name}.lock", store.root.name]
 
 
@@ -308,6 +308,9 @@ class Streamed(Source):
     def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
         yield from ((0, row) for row in self.rows_())
 
+    def picture_fingerprint(self, number: int, name: str) -> str:
+        return "absent"
+
 
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=20), max_size=25),
@@ -324,9 +327,10 @@ def test_any_rows_come_back(
     rows = [[(index, mark and index != 5) for index, mark in row] for row in rows]  # a picture is no answer
     rows = [[pair for k, pair in enumerate(row) if pair[0] != 5 or k == 0] for row in rows]  # one, in front
     out = tmp_path_factory.mktemp("any")
-    source = Streamed((), out)
+    source = Streamed((), ())
     made = [
-        Row(f"ü{k}", f"{k % 3}.png" if row[0][0] == 5 else None, (Turn(json.dumps(row)),)) for k, row in enumerate(rows)
+        Row(f"ü{k}", (f"{k % 3}.png",) if row[0][0] == 5 else (), (Turn(json.dumps(row)),))
+        for k, row in enumerate(rows)
     ]
     object.__setattr__(source, "rows_", lambda: iter(made))
     store = token_store(source, given_, out, lambda text: None)
@@ -354,11 +358,11 @@ def test_memory_does_not_grow_with_the_rows(encoder: Encoder, tmp_path: Path) ->
     question = json.dumps([(5, 0)] + [(1, 1)] * 59)
     given_ = Given(encoder, 2)
     given_.image_id = 5
-    compact = given_.compact(Row("", "a.png", (Turn(question),)))
+    compact = given_.compact(Row("", ("a.png",), (Turn(question),)))
     given_.compact = lambda row: compact  # type: ignore[method-assign]
-    source = Streamed((), tmp_path)
+    source = Streamed((), ())
     turns = (Turn(question),)
-    object.__setattr__(source, "rows_", lambda: (Row(str(k), f"{k % 50}.png", turns) for k in range(40_000)))
+    object.__setattr__(source, "rows_", lambda: (Row(str(k), (f"{k % 50}.png",), turns) for k in range(40_000)))
     token_store(source, given_, tmp_path / "warm", lambda text: None)
     tracemalloc.start()
     store = token_store(source, given_, tmp_path / "cache", lambda text: None)

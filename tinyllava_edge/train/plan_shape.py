@@ -9,7 +9,7 @@ from torch import nn
 from ..model import TinyLlava
 from ..spec import ModelSpec
 from ..towers import TOWERS
-from .memory_plan import CHUNK, NONE, Adapters, Counts, Shape, Stack
+from .memory_plan import NONE, Adapters, Counts, Shape, Stack
 from .parts import Mode, adapted, adapter_size, layer_of, modes, part_of
 from .plan_data import Lengths
 from .recipes import StageRecipe
@@ -77,6 +77,7 @@ def sequence_flop(model: TinyLlava, shape: Shape, found: Lengths, stage: StageRe
 
     2 per weight and token forwards (Kaplan et al. 2020, §2.1), as much for the gradients of the inputs, as much again
     for those of trained weights, and forwards once more with gradient checkpointing; attention's products likewise.
+    Not counted: logits beyond CHUNK answers, which are computed twice.
     """
     layers = sum(_size(layer) for layer in _layers(model.model.language_model))
     own = [p for layer in _layers(model.model.language_model) for p in layer.parameters() if p.requires_grad]
@@ -84,8 +85,7 @@ def sequence_flop(model: TinyLlava, shape: Shape, found: Lengths, stage: StageRe
     low_rank = (3 + stage.gradient_checkpointing) * 2.0 * adapter_size(model, stage, "llm")
     n, stack = found.positions, shape.llm
     attention = (3 + stage.gradient_checkpointing) * 4.0 * n * n * stack.queries * stack.layers
-    again = (stage.micro_batch or stage.batch_size) * found.answers > CHUNK  # chunks of logits are computed twice
-    head = (2 + shape.llm_trained + again) * 2.0 * found.answers * model.lm_head.weight.numel()
+    head = (2 + shape.llm_trained) * 2.0 * found.answers * model.lm_head.weight.numel()
     connector = 3 * 2.0 * found.with_picture * shape.visual_tokens * _size(model.model.multi_modal_projector)
     return n * (times * 2.0 * layers + low_rank) + attention + head + connector
 
