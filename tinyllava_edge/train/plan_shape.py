@@ -7,6 +7,7 @@ from torch import nn
 from ..model import TinyLlava
 from ..spec import ModelSpec
 from ..towers import TOWERS
+from ..towers.mof import MixtureOfFeatures
 from .memory_plan import Counts, Shape, Stack
 from .plan_data import Lengths
 from .recipes import StageRecipe
@@ -15,14 +16,15 @@ from .recipes import StageRecipe
 def model_shape(model: TinyLlava, spec: ModelSpec) -> Shape:
     """What memory depends on, for a model whose `requires_grad` flags are set."""
     llm, tower = model.model.language_model, model.model.vision_tower
-    tower_layers = _layers(tower)
+    tower_layers = _tower_layers(tower)
+    tower_config = getattr(model.config.vision_config, "first", model.config.vision_config)  # of two: alike in size
     head = model.lm_head.weight
     linear = {id(p): p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     layers = [_size(layer) for layer in [*_layers(llm), *tower_layers]]
     embedding = model.get_input_embeddings().weight.numel()
     return Shape(
         llm=Stack.of(model.config.text_config),
-        tower=Stack.of(model.config.vision_config, len(tower_layers)),
+        tower=Stack.of(tower_config, len(tower_layers)),
         tower_trained=sum(any(p.requires_grad for p in layer.parameters()) for layer in tower_layers),
         counts=Counts(
             all=_size(model),
@@ -47,6 +49,12 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return max(lists, key=len)
 
 
+def _tower_layers(tower: nn.Module) -> list[nn.Module]:
+    """The layers of a tower, or of both towers of a mixture."""
+    parts = [tower.first, tower.second] if isinstance(tower, MixtureOfFeatures) else [tower]
+    return [layer for part in parts for layer in _layers(part)]
+
+
 def _size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -69,7 +77,7 @@ def sequence_flop(model: TinyLlava, shape: Shape, found: Lengths, stage: StageRe
 
 def tower_flop(model: TinyLlava, shape: Shape, stage: StageRecipe) -> float:
     """Operations of the tower for one picture: all layers forwards, the trained ones backwards too."""
-    layers = _layers(model.model.vision_tower)
+    layers = _tower_layers(model.model.vision_tower)
     trained = [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
     n, stack = shape.patches, shape.tower
     attention = 4.0 * n * n * stack.queries
