@@ -239,7 +239,7 @@ def test_lengths(siglip: Path, llama: Path, tmp_path: Path) -> None:
 
 
 def test_phi_at_3072_positions(siglip: Path, tmp_path: Path) -> None:
-    """A Phi of 2,048 positions: torch, llama.cpp and ONNX Runtime agree at position 3,071, and the GGUF says 3,072."""
+    """A Phi of 2,048 positions: torch and llama.cpp agree at position 3,071, and the GGUF says 3,072."""
     from tinyllava_edge.runtimes.gguf_front import opened, read_front
 
     phi = write_llm(tmp_path / "phi", "phi", num_hidden_layers=1)

@@ -15,15 +15,18 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DataError, UsageError
-from tinyllava_edge.spec import LLM_BACKBONES, VARIANTS, VISION_BACKBONES
+from tinyllava_edge.model import build_model
+from tinyllava_edge.spec import LLM_BACKBONES, VARIANTS, VISION_BACKBONES, model_spec
+from tinyllava_edge.towers import MOF_TYPE
 from tinyllava_edge.train import memory_plan
 from tinyllava_edge.train.adapters import put_in
 from tinyllava_edge.train.collate import Encoded, Pack
 from tinyllava_edge.train.dataset import StageData, prepare
-from tinyllava_edge.train.memory_plan import ENGINES, Counts, estimate
+from tinyllava_edge.train.memory_plan import ENGINES, Counts, Stack, estimate
 from tinyllava_edge.train.objective import Objective
 from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.plan import Machine, Plan, count_steps, make_plan
@@ -180,6 +183,24 @@ def test_without_a_tokenizer_characters_are_counted_and_it_says_so(files: Files)
     assert 729 * 5 / 6 < made.stages[0].positions < 729 + 60  # one row of six has no picture
     captions = make_plan(model, spec, PRESETS["share"], Machine(), text_tokens=1, lengths=lengths, stages=["pretrain"])
     assert any("1 rows will be refused" in text for text in captions.stages[0].warnings)
+
+
+def test_a_mixture_is_planned_as_both_its_towers() -> None:
+    """Layers, parameters and operations of two towers; a language model without a formula is refused by name."""
+    clip = {**VISION_BACKBONES["NanoC"].config, "num_hidden_layers": 3}
+    base = model_spec("TinyLLaVA-base-NanoC-Nano")
+    with torch.device("meta"):
+        alone = build_model(base, clip, LLM_BACKBONES["Nano"].config, 1023)
+        spec = dataclasses.replace(base, vision_family="mof", select_strategy="full", visual_tokens=128)
+        both = {"model_type": MOF_TYPE, "first": clip, "second": clip}
+        mixed = build_model(spec, both, LLM_BACKBONES["Nano"].config, 1023)
+    one, two = (model_shape(model, each) for model, each in ((alone, base), (mixed, spec)))
+    assert (two.tower.layers, two.tower.hidden) == (2 * one.tower.layers, one.tower.hidden)
+    stage = PRESETS["base"].stage("finetune")
+    assert tower_flop(mixed, two, stage) == pytest.approx(2 * tower_flop(alone, one, stage), rel=0.02)  # class token
+    other = AutoConfig.for_model("gpt2")
+    with pytest.raises(UsageError, match="no memory formula for gpt2 layers"):
+        Stack.of(other)
 
 
 def test_warnings_name_what_will_not_work() -> None:

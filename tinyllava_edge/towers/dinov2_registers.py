@@ -11,7 +11,7 @@ from transformers import Dinov2WithRegistersModel
 class PlainDinov2WithRegisters(Dinov2WithRegistersModel):
     """The Hugging Face class, whose `hidden_states` hold the class token and the patches, as DINOv2's do.
 
-    Registers are scratch tokens (Darcet et al. 2023, §2.2: "discarded at the output"); stock Llava would pass them on.
+    Registers are scratch tokens that no output is made of (Darcet et al. 2023); stock Llava would pass them on.
     """
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:

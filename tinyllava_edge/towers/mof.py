@@ -1,4 +1,4 @@
-"""A mixture of two towers (TinyLLaVA Factory's `mof`; Tong et al. 2024, §4.3, "Interleaved-MoF").
+"""A mixture of two towers (TinyLLaVA Factory's `mof`; the interleaved one of Tong et al. 2024).
 
 Both towers see the same pixels, prepared by the first one's numbers. Each gives its patches without the class token;
 patch k becomes tokens 2k (first tower) and 2k + 1 (second). Legend: b pictures, n patches of one tower, v width.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..towers import FAMILIES
 
 FLOAT, HALF = 4, 2  # bytes
 NF4 = 4.127 / 8  # bytes of a weight in 4 bits, with its quantised constants (QLoRA, §3)
@@ -54,6 +55,7 @@ LAYERS: dict[str, tuple[int, bool, bool]] = {
     "siglip_vision_model": (2, False, False),
     "siglip2_vision_model": (2, False, False),
     "dinov2": (2, False, False),
+    "dinov2_with_registers": (2, False, False),
 }
 # activation → inner-width tensors kept in the computing type, and in float32 where autocast widens `pow` (on a GPU)
 KEPT = {"gelu": (1, 0), "gelu_pytorch_tanh": (1, 0), "silu": (1, 0), "quick_gelu": (2, 0), "gelu_new": (1, 3)}
@@ -92,7 +94,7 @@ class Stack:
     def of(cls, config: Any, layers: int | None = None) -> Stack:
         """From a Hugging Face configuration of a tower or a language model. Raises UsageError for an unknown kind."""
         kind = config.model_type
-        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
         if kind not in LAYERS or activation not in KEPT:
             raise UsageError(
                 f"no memory formula for {kind} layers with {activation}",
@@ -114,7 +116,7 @@ class Stack:
             rms=rms,
             gated=gated,
             activation=activation,
-            masked="vision" not in kind and kind != "dinov2",
+            masked=kind not in FAMILIES,
         )
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from ..model import TinyLlava
 from ..spec import ModelSpec
 from ..towers import TOWERS
+from ..towers.mof import MixtureOfFeatures
 from .memory_plan import NONE, Adapters, Counts, Shape, Stack
-from .parts import Mode, adapted, adapter_size, layer_of, modes, part_of
+from .parts import Mode, adapted, adapter_size, modes, part_of
 from .plan_data import Lengths
 from .recipes import StageRecipe
 
@@ -18,7 +19,8 @@ from .recipes import StageRecipe
 def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
     """What memory depends on, for a model whose `requires_grad` flags are set and whose adapters are not put in yet."""
     llm, tower = model.model.language_model, model.model.vision_tower
-    tower_layers = _layers(tower)
+    tower_layers = _tower_layers(tower)
+    tower_config = getattr(model.config.vision_config, "first", model.config.vision_config)  # of two: alike in size
     head = model.lm_head.weight
     linear = {id(p): p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     layers = [_size(layer) for layer in [*_layers(llm), *tower_layers]]
@@ -28,7 +30,7 @@ def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
     given = Adapters(stage.lora_rank, stage.lora_dropout > 0)
     return Shape(
         llm=Stack.of(model.config.text_config),
-        tower=Stack.of(model.config.vision_config, len(tower_layers)),
+        tower=Stack.of(tower_config, len(tower_layers)),
         tower_trained=len(_trained(tower_layers, wanted["tower"], stage, model)),
         counts=Counts(
             all=_size(model) + inserted,
@@ -56,9 +58,8 @@ def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
 def _trained(layers: Sequence[nn.Module], mode: Mode, stage: StageRecipe, model: TinyLlava) -> list[nn.Module]:
     """The tower layers that get gradients, by adapters or of their own."""
     if mode.adapts:
-        names = {f"{name}." for name in adapted(model, stage) if part_of(name) == "tower"}
-        used = max((layer_of(name) or 0 for name in names), default=-1)
-        return list(layers)[: used + 1]
+        chosen = {id(module) for module in adapted(model, stage).values()}
+        return [layer for layer in layers if any(id(module) in chosen for module in layer.modules())]
     return [layer for layer in layers if any(p.requires_grad for p in layer.parameters())]
 
 
@@ -66,6 +67,12 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     """The transformer layers of a tower or a language model: its longest list of modules."""
     lists = [list(item) for item in module.modules() if isinstance(item, nn.ModuleList)]
     return max(lists, key=len)
+
+
+def _tower_layers(tower: nn.Module) -> list[nn.Module]:
+    """The layers of a tower, or of both towers of a mixture."""
+    parts = [tower.first, tower.second] if isinstance(tower, MixtureOfFeatures) else [tower]
+    return [layer for part in parts for layer in _layers(part)]
 
 
 def _size(module: nn.Module) -> int:
@@ -92,7 +99,7 @@ def sequence_flop(model: TinyLlava, shape: Shape, found: Lengths, stage: StageRe
 
 def tower_flop(model: TinyLlava, shape: Shape, stage: StageRecipe) -> float:
     """Operations of the tower for one picture: all layers forwards, the trained ones backwards too."""
-    layers = _layers(model.model.vision_tower)
+    layers = _tower_layers(model.model.vision_tower)
     mode = modes(stage)["tower"]
     trained = _trained(layers, mode, stage, model)
     n, stack = shape.patches, shape.tower
