@@ -16,7 +16,7 @@ from ..checkpoint import processor_config
 from ..errors import ImageError
 from ..model import TinyLlava, is_dead
 from ..spec import ModelSpec
-from .feature_store import Features, FeatureStore, open_store
+from .feature_store import DTYPES, Features, FeatureStore, open_store
 from .pictures import StoredPixels
 
 BATCH = 64  # pictures per forward pass of the tower
@@ -47,23 +47,24 @@ def stored_features(
         on_progress: called with the pictures done and their number.
 
     Returns:
-        The features, or None where they don't fit; and for each picture that can't be decoded the reason.
+        The features, or None where they don't fit or there are no pictures; and for each picture that can't be
+        decoded the reason.
 
     Raises:
         StorageError: the disk is full.
     """
     count = pixels.store.pictures
+    if not count or not cache_bytes:
+        return None, {}
     shape = _shape(model, spec)
-    record = shape[0] * shape[1] * (4 if dtype == "float32" else 2)
-    if record > cache_bytes or not count:
+    if count * shape[0] * shape[1] * DTYPES[dtype].itemsize > cache_bytes:  # known before any picture is read
         return None, {}
     faults: dict[int, str] = {}
     digests = [_digest(pixels, number, faults) for number in range(count)]
     wanted = [digest for digest in digests if digest]
     store = open_store(cache, _key(model, spec, dtype), shape, dtype, wanted, cache_bytes)
     if store is None:
-        if len(set(wanted)) * record <= cache_bytes:
-            say(f"{cache}: other runs' features leave no room within {cache_bytes:,} bytes; computing them per batch")
+        say(f"{cache}: no room for these features within {cache_bytes:,} bytes; computing them per batch")
         return None, {}
     filler = _Filler(model, pixels, store, digests, faults, on_progress, say)
     filler.fill(share)

@@ -159,11 +159,11 @@ def open_store(
     that a running process uses. All stores of `cache` together stay within `cache_bytes`.
     """
     root = cache / f"features-{key[:32]}"
+    record = shape[0] * shape[1] * DTYPES[dtype].itemsize + ENTRY.size
+    if len(set(wanted)) * record > cache_bytes:
+        return None
     with alone(cache / ".features.lock"):
         store = FeatureStore(root, shape, dtype)
-        record = store.bytes + ENTRY.size
-        if len(set(wanted)) * record > cache_bytes:
-            return None
         needed = sum(digest not in store.place for digest in set(wanted)) * record
         sizes = {path: _size(path) for path in cache.glob("features-*")}
         for path in sorted(sizes, key=lambda path: _last_use(path / USED)):
