@@ -25,6 +25,7 @@ EXTRAS = {
     "safetensors": "train",
     "tokenizers": "train",
     "peft": "lora",
+    "tensorboard": "train",
     "onnx": "export",
     "onnxscript": "export",
     "gguf": "export",

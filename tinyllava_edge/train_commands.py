@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    from .train.new_model import NewModel
     from .train.recipes import Recipe
 
 
@@ -24,8 +25,8 @@ class Source:
     """adapter of it to train further"""
     variant: str
     """variant of a new model; empty for the default"""
-    vision: Path | None
-    """directory of a new model's tower"""
+    vision: tuple[Path, ...]
+    """directory of a new model's tower, or of both towers of a mixture"""
     llm: Path | None
     """directory of a new model's language model"""
     recipe: str
@@ -34,10 +35,30 @@ class Source:
     """stage name; empty for `finetune`"""
     changes: tuple[str, ...] = ()
     """KEY=VALUE changes of the stage"""
+    connector: str = ""
+    """a new model's connector"""
+    template: str = ""
+    """a new model's conversation template"""
+    name: str = ""
+    """a new model's name"""
+    max_length: int = 0
+    """a new model's longest sequence"""
+    image_policy: str = ""
+    """how a new model's pictures become square"""
+
+    def new(self) -> NewModel:
+        """The new model."""
+        from .train.new_model import new_model
+
+        return new_model(
+            self.variant, self.vision, self.llm, connector=self.connector, template=self.template, name=self.name,
+            max_length=self.max_length, image_policy=self.image_policy,
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raises UsageError for flags that exclude each other."""
-        if self.checkpoint is not None and (self.variant or self.vision or self.llm):
+        own = self.vision or self.llm or self.connector or self.template or self.name or self.max_length
+        if self.checkpoint is not None and (self.variant or own or self.image_policy):
             raise UsageError("--variant starts a new model and --checkpoint continues one", "give one of the two")
         if self.adapter is not None and self.checkpoint is None:
             raise UsageError(f"{self.adapter} belongs to a checkpoint", "name it with --checkpoint")
@@ -76,27 +97,57 @@ def _change(text: str) -> tuple[str, Any]:
     return key.strip(), parsed
 
 
+def parse_bad(text: str) -> int | float:
+    """A number of rows, or a share below 1 from `1%`. Raises UsageError."""
+    number = text.removesuffix("%").strip()
+    try:
+        if text.endswith("%"):
+            share = float(number) / 100
+            if 0 <= share < 1:
+                return share
+        elif 0 <= int(number) < 1 << 40:
+            return int(number)
+    except ValueError:
+        pass
+    raise UsageError(f"--max-bad-rows {text!r}", "give a number of rows, or a share such as 1%")
+
+
 def train_stage(
     source: Source,
     out: Path | None,
     data: tuple[Path, ...],
-    images: Path | None,
+    images: tuple[Path, ...],
     *,
     eval_data: Path | None,
-    max_bad: int,
+    max_bad: int | float,
     workers: int,
     max_seconds: float | None,
     force: bool,
-) -> dict[str, Any]:
-    """Train one stage of a recipe from a checkpoint, or from the backbones of a variant."""
-    if out is None or not data or images is None:
-        given = (("--out", out), ("--data", data), ("--images", images))
-        lacking = [flag for flag, value in given if not value]
+    cache: Path | None,
+    cache_size: str,
+    feature_type: str,
+    monitor: Mapping[str, Any],
+    engine: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Train one stage of a recipe from a checkpoint, or from the parts of a new model.
+
+    Args:
+        monitor: fields of train.monitor.Monitor; `track` holds what comes beside the usual.
+        engine: arguments of train.engines.choose.
+
+    Returns:
+        The record as JSON values; None in all processes of a run but the first.
+    """
+    if out is None or not data:
+        lacking = [flag for flag, value in (("--out", out), ("--data", data)) if not value]
         raise UsageError(f"training needs {', '.join(lacking)}", "or see what it would do, with --dry-run")
     from .checkpoint_spec import load_spec
-    from .spec import DEFAULT_VARIANT
-    from .spec import variant as find_variant
-    from .train.trainer import init_checkpoint, train
+    from .train.engines import choose
+    from .train.launch import is_first, one_at_a_time
+    from .train.monitor import Monitor
+    from .train.plan_text import parse_memory
+    from .train.tracking import DEFAULT
+    from .train.trainer import train
 
     source.check()
     name = source.stage or "finetune"
@@ -105,11 +156,12 @@ def train_stage(
     if checkpoint is not None and checkpoint.resolve() == out.resolve():
         raise UsageError(f"{out} is the checkpoint to start from", "name another place with -o")
     if checkpoint is None:
-        new = find_variant(source.variant or DEFAULT_VARIANT).name
+        new = source.new()
         checkpoint = out.parent / f"{out.name}.init"
-        if not checkpoint.exists() or load_spec(checkpoint).name != new:
-            init_checkpoint(new, checkpoint, vision_dir=source.vision, llm_dir=source.llm, force=True)
-    return train(
+        with one_at_a_time(checkpoint):
+            if not checkpoint.exists() or load_spec(checkpoint) != new.spec:
+                new.write(checkpoint)
+    record = train(
         checkpoint,
         chosen,
         data,
@@ -121,15 +173,21 @@ def train_stage(
         workers=workers,
         max_seconds=max_seconds,
         force=force,
-    ).to_dict()
+        cache=cache,
+        cache_bytes=int(parse_memory(cache_size, "--cache-size")),
+        feature_dtype=feature_type,
+        engine=choose(**engine),
+        monitor=Monitor(**{**monitor, "track": (*DEFAULT, *monitor["track"])}),
+    )
+    return record.to_dict() if is_first() else None
 
 
 def plan_training(
     source: Source,
     data: tuple[Path, ...],
-    images: Path | None,
+    images: tuple[Path, ...],
     *,
-    max_bad_rows: int,
+    max_bad: int | float,
     rows: int | None,
     text_tokens: int,
     machine: Mapping[str, Any],
@@ -141,28 +199,31 @@ def plan_training(
     """
     from .spec import DEFAULT_VARIANT
     from .train.plan import Machine, make_plan
-    from .train.plan_source import checkpoint_model, data_lengths, plan_tokenizer, variant_model
+    from .train.plan_source import checkpoint_model, data_lengths, plan_tokenizer
     from .train.plan_text import parse_memory, plan_lines
 
     source.check()
-    if (not data) != (images is None):
-        raise UsageError("--data and --images belong together", "give both to measure rows, or none")
+    if images and not data:
+        raise UsageError("--images without --data", "give both to measure rows, or none")
     if data and not source.stage:
         raise UsageError(f"{data[0]} holds the rows of one stage", "name it with --stage")
     stages = (source.stage,) if source.stage else ()
     chosen = source.recipe_of(stages)
-    name = source.variant or DEFAULT_VARIANT
-    model, spec = variant_model(name) if source.checkpoint is None else checkpoint_model(source.checkpoint)
+    if source.checkpoint is not None:
+        model, spec = checkpoint_model(source.checkpoint)
+    else:
+        new = source.new()
+        model, spec = new.without_weights(), new.spec
     lengths = None
-    if data and images is not None:
-        tokenizer = plan_tokenizer(source.checkpoint, source.llm, name)
-        lengths = data_lengths(list(data), images, spec, tokenizer, max_bad=max_bad_rows)
+    if data:
+        tokenizer = plan_tokenizer(source.checkpoint, source.llm, source.variant or DEFAULT_VARIANT)
+        lengths = data_lengths(data, images, spec, tokenizer, max_bad=max_bad)
     memory = machine.get("memory")
     plan = make_plan(
         model,
         spec,
         chosen,
-        Machine(**{**machine, "memory": parse_memory(memory) if memory else None}),
+        Machine(**{**machine, "memory": parse_memory(memory, "--device-memory") if memory else None}),
         stages=stages,
         rows=rows,
         text_tokens=text_tokens,

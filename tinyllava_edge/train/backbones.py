@@ -61,8 +61,8 @@ def init_checkpoint(
         chosen, spec = find_variant(variant), model_spec(variant, max_length)
         vision_id, llm_id = VISION_BACKBONES[chosen.vision].hub_id, LLM_BACKBONES[chosen.llm].hub_id
     given = [vision_dir] if vision_dir is None or isinstance(vision_dir, Path) else vision_dir
-    tower_dirs = [_directory(path, vision_id, "--vision") for path in given]
-    text_dir = _directory(llm_dir, llm_id, "--llm")
+    tower_dirs = [backbone_directory(path, vision_id, "--vision") for path in given]
+    text_dir = backbone_directory(llm_dir, llm_id, "--llm")
     towers, text = read_towers(tower_dirs), read_llm(text_dir)
     _check(spec, towers, text, text_dir)
     with torch.random.fork_rng(devices=[]), checkpoints.quiet():
@@ -76,7 +76,11 @@ def init_checkpoint(
         check_forward(llm, text_dir)
         torch.manual_seed(seed)
         model = build_model(
-            spec, _tower_config(parts), _text_config(llm, spec), llm.config.vocab_size - 1, connector_options
+            spec,
+            tower_config([part.config for part in parts]),
+            _text_config(llm, spec),
+            llm.config.vocab_size - 1,
+            connector_options,
         )
         _copy(model, parts, llm)
         complete_special_tokens(tokenizer, get_template(spec.template).end_of_turn)
@@ -85,7 +89,8 @@ def init_checkpoint(
     checkpoints.save(model.eval(), tokenizer, spec, out, force=force)
 
 
-def _directory(given: Path | None, hub_id: str, flag: str) -> Path:
+def backbone_directory(given: Path | None, hub_id: str, flag: str) -> Path:
+    """The directory that was given, or the shipped one of a nano id. Raises CheckpointError or UsageError."""
     if given is not None:
         if not (given / "config.json").is_file():
             raise CheckpointError(f"{given}: no config.json here", f"give {flag} a Hugging Face model directory")
@@ -152,9 +157,9 @@ def _check_end(spec: ModelSpec, tokenizer: Any, text_dir: Path) -> None:
         raise CheckpointError(f"{text_dir}: the tokenizer has no {end!r} token", f"template {spec.template} needs it")
 
 
-def _tower_config(towers: Sequence[Any]) -> dict[str, Any]:
+def tower_config(towers: Sequence[Any]) -> dict[str, Any]:
     """Configuration of the model's tower: a tower's own, or a mixture's."""
-    configs = [tower.config.to_dict() for tower in towers]
+    configs = [config.to_dict() for config in towers]
     if len(configs) == 1:
         return dict(configs[0])
     return {"model_type": MOF_TYPE, "first": configs[0], "second": configs[1]}

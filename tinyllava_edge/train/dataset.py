@@ -134,7 +134,7 @@ def prepare(
         place = Path(temporary) if temporary else Path(cache or "")
         source = open_source(data, images, place)
         store = token_store(source, encoder, place, say)
-        check_bad(store.bad, max_bad)  # before hours of features
+        check_bad(store.bad, max_bad, len(store) + len(store.bad))  # before hours of features
         pictures: Pictures = StoredPixels(spec, source, store)
         keep: Any = None
         faults: tuple[BadRow, ...] = ()
@@ -154,7 +154,7 @@ def prepare(
                 pictures = found
                 keep, faults = _without(store, unreadable)
         bad = BadRows(store.bad.path, store.bad.stored, faults)
-        check_bad(bad, max_bad)
+        check_bad(bad, max_bad, len(store) + len(store.bad))
         packs = Packs(store, stage.max_turns, keep)
         if not len(packs):
             raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")

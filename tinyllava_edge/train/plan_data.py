@@ -78,14 +78,14 @@ class CharacterEncoder:
 
 def measure(
     data: Path | Sequence[Path],
-    images: Path,
+    images: Path | Sequence[Path],
     template: Template,
     tokenizer: Any | None,
     visual_tokens: int,
     max_length: int,
     max_turns: int,
     *,
-    max_bad: int = 0,
+    max_bad: int | float = 0,
 ) -> Lengths:
     """Read, check and encode rows as training does, but for the pictures' contents.
 
@@ -132,7 +132,7 @@ class _Sample:
     source: Source
 
 
-def _sample(data: Path | Sequence[Path], images: Path, max_bad: int) -> _Sample:
+def _sample(data: Path | Sequence[Path], images: Path | Sequence[Path], max_bad: int | float) -> _Sample:
     """Rows to tokenise: all, or those of one in 2, 4, 8 … pictures, chosen by their names' hashes.
 
     Memory holds twice SAMPLE rows at most, however many there are.
@@ -154,7 +154,7 @@ def _sample(data: Path | Sequence[Path], images: Path, max_bad: int) -> _Sample:
             if len(kept) > 2 * SAMPLE:
                 share *= 2
                 kept = [item for item in kept if item[0] % share == 0]
-    check_bad(bad, max_bad)
+    check_bad(bad, max_bad, good + len(bad))
     if not kept:
         raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
     return _Sample(tuple(row for _, row in kept), good, share, source)

@@ -58,7 +58,12 @@ def plan_tokenizer(checkpoint: Path | None, llm: Path | None, name: str) -> Any 
 
 
 def data_lengths(
-    data: Path | Sequence[Path], images: Path, spec: ModelSpec, tokenizer: Any | None, *, max_bad: int = 0
+    data: Path | Sequence[Path],
+    images: Path | Sequence[Path],
+    spec: ModelSpec,
+    tokenizer: Any | None,
+    *,
+    max_bad: int | float = 0,
 ) -> Callable[[StageRecipe, int], Lengths]:
     """A function that measures the data for a stage whose rows are cut at some length, as `make_plan` takes it."""
 

@@ -14,11 +14,11 @@ UNITS = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib":
 MOMENTS = {"tower": "while the tower runs", "backward": "as the backward pass begins", "step": "at the optimiser step"}
 
 
-def parse_memory(text: str) -> float:
-    """Bytes from `24GB` (powers of 1,000) or `24GiB`. Raises UsageError for anything else."""
+def parse_memory(text: str, flag: str = "--device-memory") -> float:
+    """Bytes from `24GB` (powers of 1,000) or `24GiB`. Raises UsageError that names the flag for anything else."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmg]i?b)", text.strip().lower(), re.ASCII)
     if not match or float(match[1]) == 0:
-        raise UsageError(f"--device-memory {text[:60]!r}: not a size", "write 24GB, 80GB or 22.5GiB")
+        raise UsageError(f"{flag} {text[:60]!r}: not a size", "write 24GB, 80GB or 22.5GiB")
     return float(match[1]) * UNITS[match[2]]
 
 
