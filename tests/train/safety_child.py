@@ -20,11 +20,10 @@ from typing import Any
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge import files
 from tinyllava_edge.errors import TinyLlavaEdgeError
-from tinyllava_edge.train import states
+from tinyllava_edge.train import states, trainer
 from tinyllava_edge.train.dataset import StageData
 from tinyllava_edge.train.pictures import Pixels
 from tinyllava_edge.train.recipes import recipe_from
-from tinyllava_edge.train.trainer import train
 
 HARD = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 with contextlib.suppress(ImportError), contextlib.redirect_stdout(sys.stderr):
@@ -62,14 +61,15 @@ def tiny_disk(*_: Any) -> None:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "caching features": lambda: at_call(Pixels, "pixels", 4, die),
+    "caching features": lambda: at_call(Pixels, "decode", 4, die),
     "before the first state": lambda: at_call(StageData, "batch", 2, die),
     "writing the first state": lambda: at_call(states._Shards, "flush", 2, half_a_file),
     "writing the second state": lambda: at_call(states._Shards, "flush", 4, half_a_file),
-    "before a state gets its name": lambda: at_call(files, "_swap", 2, die),
+    "before a state gets its name": lambda: at_call(files, "_swap", 3, die),
     "between two states": lambda: at_call(StageData, "batch", 8, die),
     "dropping an old state": lambda: at_call(states, "states_in", 4, die),
     "saving the checkpoint": lambda: at_call(checkpoints, "save_tokenizer", 1, die),
+    "tidying up": lambda: at_call(trainer, "_clean", 1, die),
     "full disk": lambda: at_call(states._Shards, "flush", 4, tiny_disk),
 }
 
@@ -86,7 +86,9 @@ def training(job: dict[str, Any], out: Path, moment: str) -> int:
         (recipe,) = recipe_from({"name": "x", "stages": [job["stage"]]}, "test").stages
         said: dict[str, Any] = {}
         try:
-            result = train(Path(job["start"]), recipe, Path(job["data"]), Path(job["images"]), out, progress=False)
+            result = trainer.train(
+                Path(job["start"]), recipe, Path(job["data"]), Path(job["images"]), out, progress=False
+            )
             said, code = {"resumed_from": result.resumed_from, "losses": result.losses}, 0
         except TinyLlavaEdgeError as error:
             said, code = {"error": error.message, "hint": error.hint, "kind": type(error).__name__}, error.exit_code

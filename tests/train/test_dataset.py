@@ -39,7 +39,7 @@ def test_packs_end_to_end_keep_their_pictures_and_their_loss(
     """Shortest packs last: pictures come in another order than the packs do. float32 to 1e-5."""
     stage = override(STAGE, {"max_turns": turns})
     alone = prepare(start, stage, files.mixed, files.images, cache=tmp_path)
-    packed = prepare(start, stage, files.mixed, files.images, cache=tmp_path, pack_length=300)
+    packed = prepare(start, override(stage, {"pack_length": 300}), files.mixed, files.images, cache=tmp_path)
     batch = packed.batch([packed[k] for k in range(len(packed))])
     assert 1 < len(batch["input_ids"]) < len(packed) and batch["input_ids"].shape[1] <= 300
     assert loss(start, packed) == pytest.approx(loss(start, alone), rel=1e-5)

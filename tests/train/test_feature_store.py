@@ -87,7 +87,7 @@ def test_they_are_computed_once_and_used_by_other_runs(
     torch.testing.assert_close(features(data), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
     assert features(data).dtype is torch.float32
     assert (store_of(tmp_path) / RECORDS).stat().st_size == 8 * RECORD // (1 if dtype == "float32" else 2)
-    captions = StageRecipe("pretrain", "pretrain", "connector", 1e-3, 4)
+    captions = StageRecipe("pretrain", "pretrain", "frozen", 1e-3, 4)
     other = prepare(start, captions, files.captions, files.images, cache=tmp_path, feature_dtype=dtype, say=said.append)
     assert torch.equal(features(other), features(data)) and not computed and not said
 

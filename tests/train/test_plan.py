@@ -194,9 +194,9 @@ def test_a_mixture_is_planned_as_both_its_towers() -> None:
         spec = dataclasses.replace(base, vision_family="mof", select_strategy="full", visual_tokens=128)
         both = {"model_type": MOF_TYPE, "first": clip, "second": clip}
         mixed = build_model(spec, both, LLM_BACKBONES["Nano"].config, 1023)
-    one, two = (model_shape(model, each) for model, each in ((alone, base), (mixed, spec)))
-    assert (two.tower.layers, two.tower.hidden) == (2 * one.tower.layers, one.tower.hidden)
     stage = PRESETS["base"].stage("finetune")
+    one, two = (model_shape(model, each, stage) for model, each in ((alone, base), (mixed, spec)))
+    assert (two.tower.layers, two.tower.hidden) == (2 * one.tower.layers, one.tower.hidden)
     assert tower_flop(mixed, two, stage) == pytest.approx(2 * tower_flop(alone, one, stage), rel=0.02)  # class token
     other = AutoConfig.for_model("gpt2")
     with pytest.raises(UsageError, match="no memory formula for gpt2 layers"):
@@ -274,9 +274,9 @@ def test_the_command_shows_a_table_and_one_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--variant", SHARE), "training needs --out, --data, --images"),
+        (("--variant", SHARE), "training needs --out, --data"),
         (("--dry-run", "--variant", SHARE, "--device-memory", "lots"), "--device-memory 'lots'"),
-        (("--dry-run", "--variant", SHARE, "--data", "x.json"), "--images"),
+        (("--dry-run", "--variant", SHARE, "--images", "."), "--images without --data"),
         (("--dry-run", "--variant", SHARE, "--data", "x.json", "--images", "."), "the rows of one stage"),
         (("--dry-run", "--variant", "typo"), "typo"),
     ],

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinyllava_edge.checkpoint import load_tokenizer
-from tinyllava_edge.data.llava_json import BadRow, Row
+from tinyllava_edge.data.row import BadRow, Row
 from tinyllava_edge.errors import StorageError
 from tinyllava_edge.prompt import IMAGE_MARKER, TEMPLATES, Turn
 from tinyllava_edge.tokenizer_files import factory_special_tokens, fast_tokenizer
 from tinyllava_edge.train.collate import group
 from tinyllava_edge.train.encode import Compact, Encoded, Encoder, expand
-from tinyllava_edge.train.source import Source, open_source
+from tinyllava_edge.train.source import Source, open_source, picture_names
 from tinyllava_edge.train.token_build import token_store
 from tinyllava_edge.train.token_store import ARRAYS, BAD, META, Packs, TokenStore
 
@@ -97,7 +97,7 @@ def test_what_is_read_is_what_the_encoder_gives(kind: str, images: Path, tmp_pat
     assert len(store) == len(rows) and len(store.bad) == 12 - len(rows) and not said
     for number, row in enumerate(rows):
         same(store.encoded(number), encoder.encode(row))
-        assert tuple(store.picture(k) for k in store.images(number)) == tuple((0, n) for n in row.images)
+        assert tuple(store.picture(k) for k in store.images(number)) == tuple((0, n) for n in picture_names(row))
         assert store.row_id(number) == row.id
     assert store.pictures == 3
     assert store.column("length").tolist() == [len(encoder.encode(row).ids) for row in rows]
@@ -105,24 +105,16 @@ def test_what_is_read_is_what_the_encoder_gives(kind: str, images: Path, tmp_pat
 
 
 def test_rows_are_cut_in_front_of_a_picture_that_does_not_fit(encoder: Encoder) -> None:
-    """Two pictures in two turns; the second one's slots would be cut through."""
-    tokenizer = encoder.tokenizer
-
-    class TwoPictures(Encoder):
-        def compact(self, row: Row) -> Compact:
-            once = super().compact(row)
-            twice = np.concatenate([once.ids, once.ids])
-            kept = self._fitting(twice.tolist())
-            ids = twice[:kept]
-            return Compact(ids, np.concatenate([once.is_answer] * 2)[:kept], 0, int((ids == self.image_id).sum()))
-
-    row = Row("r", ("a.png",), (Turn("<image>\nwhat?", "red"),))
-    whole = Encoder(tokenizer, TEMPLATES["llama"], SLOTS, 2048).encode(row)
-    n, first = len(whole.ids), int(np.flatnonzero(whole.ids == encoder.image_id)[0])
-    for limit, images in ((n + first, 1), (n + first + SLOTS - 1, 1), (n + first + SLOTS, 2)):
-        cut = TwoPictures(tokenizer, TEMPLATES["llama"], SLOTS, limit).encode(row)
-        assert cut.images == images and (cut.ids == encoder.image_id).sum() == images * SLOTS
-        assert len(cut.ids) == n + first + (SLOTS if images == 2 else 0)
+    """The second picture's slots would be cut through: it is left out, with what follows."""
+    row = Row("r", ("a.png", "b.png"), (Turn("<image>\nwhat?", "red"), Turn("<image>\nand now?", "blue")))
+    whole = encoder.encode(row)
+    place = int(np.flatnonzero(whole.ids == encoder.image_id)[SLOTS])  # the second picture's first slot
+    assert whole.images == 2 and whole.shared == 0
+    for limit, images in ((place, 1), (place + SLOTS - 1, 1), (place + SLOTS, 2), (len(whole.ids), 2)):
+        cut = Encoder(encoder.tokenizer, TEMPLATES["llama"], SLOTS, limit).encode(row)
+        length = limit if images == 2 else place
+        assert cut.images == images and cut.ids.tolist() == whole.ids[:length].tolist()
+        assert cut.is_answer.tolist() == whole.is_answer[:length].tolist()
 
 
 def test_it_is_used_again_until_something_changes(
@@ -302,14 +294,14 @@ class Streamed(Source):
 
     rows_: Any = None
 
+    def picture_fingerprint(self, number: int, name: str) -> str:
+        return name
+
     def fingerprint(self) -> str:
         return "given"
 
     def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
         yield from ((0, row) for row in self.rows_())
-
-    def picture_fingerprint(self, number: int, name: str) -> str:
-        return "absent"
 
 
 @given(
@@ -345,7 +337,7 @@ def test_any_rows_come_back(
         found = store.encoded(k)
         assert found.ids.tolist() == naive_ids and found.is_answer.tolist() == naive_marks
         same(found, expand(compact, 5, slots))
-        assert [store.picture(n)[1] for n in store.images(k)] == list(row.images)
+        assert [store.picture(n)[1] for n in store.images(k)] == list(picture_names(row))
     packs = Packs(store, most)
     assert packs.lengths.tolist() == [item.length for item in packs]
     assert sum(len(item.rows) for item in packs) == packs.kept == len(rows)

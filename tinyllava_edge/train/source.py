@@ -1,8 +1,9 @@
-"""Where a stage's rows and pictures come from: sets of rows, each with the folders and archives of its pictures."""
+"""Where a stage's rows and pictures come from: the one place that knows sets, files, folders and archives."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,39 +11,46 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..data.llava_json import BadRow, Row
 from ..data.picture_store import PictureStore, open_store
+from ..data.row import BadRow, Row
 from ..data.sets import DataSet, epoch_order, read_sets, rows
-from ..errors import ImageError
+from ..errors import DataError, ImageError
 from ..files import sha256_file
 
-HASHED = (".json", ".jsonl")  # whose contents count; of shards, which may be terabytes, size and time of change do
+
+def picture_names(row: Row) -> tuple[str, ...]:
+    """Names of a row's pictures, in order."""
+    return row.images
 
 
 @dataclass(frozen=True)
 class Source:
-    """The sets of a stage, opened."""
+    """Data sets with the stores of their pictures."""
 
     sets: tuple[DataSet, ...]
-    """what is read together, with its weight"""
+    """what is read"""
     stores: tuple[PictureStore, ...]
-    """where each set's pictures are"""
+    """the pictures of each set"""
 
     def __str__(self) -> str:
-        return ", ".join(str(path) for item in self.sets for path in item.data)
+        return ", ".join(str(path) for one in self.sets for path in one.data)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the sets: contents of JSON files, facts of shards and folders. Pictures have their own."""
-        lines = []
-        for item in self.sets:
-            lines.append(f"{len(item.data)} {item.weight}")
-            lines += [_fingerprint(path) for path in item.data]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        """Hex SHA-256 of what rows are made of. Pictures have fingerprints of their own.
+
+        JSON files by content; shards and folders, which may be huge, by the sizes and times of their files.
+        """
+        digest = hashlib.sha256()
+        for one in self.sets:
+            for path in one.data:
+                digest.update(f"{_of(path)}\n".encode())
+            digest.update(b"\0")  # the same files in other sets are other data
+        return digest.hexdigest()
 
     def rows(self) -> Iterator[tuple[int, Row | BadRow]]:
-        """Every row with the number of its set, one at a time. Raises DataError for files that can't be used."""
-        for number, (item, store) in enumerate(zip(self.sets, self.stores, strict=True)):
-            for row in rows(item, store):
+        """Every row with the number of its set. Raises DataError for files that can't be used."""
+        for number, (one, store) in enumerate(zip(self.sets, self.stores, strict=True)):
+            for row in rows(one, store):
                 yield number, row
 
     def picture(self, number: int, name: str) -> bytes:
@@ -51,8 +59,7 @@ class Source:
 
     def picture_path(self, number: int, name: str) -> str:
         """What messages call a picture."""
-        origin = self.stores[number].origin(name)
-        return name if origin is None else f"{origin}/{name}"
+        return str(self.stores[number].origin(name) or self.sets[number].name or "?") + f"/{name}"
 
     def picture_fingerprint(self, number: int, name: str) -> str:
         """Tells most changes of a picture without reading it, or `absent`."""
@@ -63,32 +70,40 @@ class Source:
 
     def order(self, sizes: Sequence[int], seed: int, epoch: int) -> npt.NDArray[np.int64]:
         """The packs that an epoch draws from `sizes` packs of each set, numbered set after set, in random order."""
-        return epoch_order(sizes, [item.weight for item in self.sets], seed, epoch)
-
-
-def _fingerprint(path: Path) -> str:
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        facts = [f"{p.relative_to(path).as_posix()} {p.stat().st_size}" for p in files]
-        return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
-    if not path.is_file() or path.suffix.lower() in HASHED:
-        return sha256_file(path)
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+        whole = [*sizes, *[0] * (len(self.sets) - len(sizes))]  # the last sets may have no usable row
+        return epoch_order(whole, [one.weight for one in self.sets], seed, epoch)
 
 
 def open_source(data: Path | Sequence[Path], images: Path | Sequence[Path], index: Path) -> Source:
     """The rows and pictures that a stage is given.
 
     Args:
-        data: JSON files, shards, folders, or one .toml file of a mixture.
-        images: folders and archives.
-        index: directory for tables of archives.
+        index: a directory for tables of archives.
 
     Raises:
-        DataError, UsageError: as `read_sets` and `open_store`.
+        DataError, UsageError: data or pictures that can't be used.
+        StorageError: a table can't be written.
     """
-    files = [data] if isinstance(data, Path) else list(data)
     folders = [images] if isinstance(images, Path) else list(images)
-    sets = read_sets(files, folders)
-    return Source(sets, tuple(open_store(item.images, index / "archives") for item in sets))
+    sets = read_sets([data] if isinstance(data, Path) else list(data), folders)
+    return Source(sets, tuple(open_store(one.images, index) for one in sets))
+
+
+def _of(path: Path) -> str:
+    """What tells a change of a data file, a shard or a folder."""
+    try:
+        if path.is_dir():
+            digest = hashlib.sha256()
+            for folder, folders, names in os.walk(path, followlinks=True):
+                folders.sort()
+                for name in sorted(names):
+                    facts = (Path(folder) / name).stat()
+                    relative = os.path.relpath(os.path.join(folder, name), path)
+                    digest.update(f"{relative}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "replace"))
+            return digest.hexdigest()
+        if path.suffix.lower() == ".tar":
+            facts = path.stat()
+            return f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}"
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror})", "check the path given to --data") from error
