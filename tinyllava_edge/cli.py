@@ -85,6 +85,9 @@ def import_model(
         Path | None,
         typer.Option("--vision", metavar="DIR", help="The tower's directory, where the model lacks its parts."),
     ] = None,
+    vision2: Annotated[
+        Path | None, typer.Option("--vision2", metavar="DIR", help="The second tower's directory, of a mixture of two.")
+    ] = None,
     llm: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +108,16 @@ def import_model(
     from .commands import import_source
 
     value = import_source(
-        source, out, tokenizer=tokenizer, vision=vision, llm=llm, template=template, name=name, force=force, tell=talk
+        source,
+        out,
+        tokenizer=tokenizer,
+        vision=vision,
+        vision2=vision2,
+        llm=llm,
+        template=template,
+        name=name,
+        force=force,
+        tell=talk,
     )
     emit(value) if as_json else talk(f"checkpoint: {out} ({value['status']}, {value['layout']})")
 
@@ -244,7 +256,9 @@ app.command()(bench)
 
 @app.command()
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULTS...", help="results.jsonl files.")],
+    results: Annotated[
+        list[Path] | None, typer.Argument(metavar="RESULTS...", help="results.jsonl files; none with --training alone.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file; .md and .png go beside it.")] = Path(
         "report.html"
     ),
@@ -260,6 +274,12 @@ def report(
     against: Annotated[
         Path | None, typer.Option("--against", help="Results of another run, shown beside these with significance.")
     ] = None,
+    training: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--training", metavar="FILE", help="CKPT.train.json of a training stage, shown with its curves; repeatable."
+        ),
+    ] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="The measured scores beside the paper's and Factory's tables; .html or .md.")
     ] = False,
@@ -271,14 +291,16 @@ def report(
     if paper:
         from .benchmarks.paper import write_paper_report
 
-        if budget or against or images:
-            raise UsageError("--paper stands alone", "drop --budget, --against and --images")
+        if budget or against or images or training or not results:
+            raise UsageError("--paper takes results alone", "drop --budget, --against, --images and --training")
         write_paper_report(results, out)
     else:
         from .benchmarks.out_file import without_companions
         from .benchmarks.report_commands import write_report
 
-        talk(write_report(without_companions(results), out, images, budget=budget or None, against=against))
+        files = without_companions(results) if results else []
+        shown = training or []
+        talk(write_report(files, out, images, budget=budget or None, against=against, training=shown))
     talk(f"report: {out}")
 
 

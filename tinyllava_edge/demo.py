@@ -182,7 +182,8 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
 
 # what a demo writes; the state last, because it says whose directory this is
 OWN = (
-    *("data", "work", "checkpoint", "checkpoint.work", "checkpoint.train.json", "bundle", "results.jsonl"),
+    *("data", "work", "bundle", "results.jsonl", "checkpoint", "checkpoint.work", "checkpoint.cache"),
+    *(f"checkpoint.{suffix}" for suffix in ("train.json", "log.jsonl", "samples.jsonl", "tensorboard")),
     *("report.html", "table.md", "pareto.png", "summary.json", "state.json"),
 )
 
@@ -341,13 +342,15 @@ def _bench(paths: Paths, size: Size, progress: Progress) -> None:
 
 def _report(paths: Paths, size: Size) -> None:
     from .benchmarks.report import render_report
+    from .benchmarks.report_training import training_section
 
     command = Sample("command", detail={"command": "tinyllava-edge demo" + (" --full" if size == FULL else "")})
     parts = read_results([paths.part(name) for name in ("verify", "eval", "bench")])
     samples = [command, *parts]
     write_results(paths.results, samples)
     markdown, png = paths.root / "table.md", paths.root / "pareto.png"
-    render_report(samples, paths.report, images=paths.data / "images", markdown=markdown, png=png)
+    training = training_section([paths.work / "stage-1.train.json", paths.root / "checkpoint.train.json"])
+    render_report(samples, paths.report, images=paths.data / "images", markdown=markdown, png=png, training=training)
     write_json(paths.summary, summarise_demo(samples, read_results([paths.part("reference")])))
 
 

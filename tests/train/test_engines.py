@@ -36,7 +36,13 @@ TOWER = override(
     LLM, {"name": "tower", "tower": "from-1", "micro_batch": 2, "epochs": 1.0, "gradient_checkpointing": True}
 )
 CONNECTOR = override(LLM, {"name": "connector", "llm": "frozen", "micro_batch": 2, "epochs": 1.0})
-STAGES = {"llm": LLM, "tower": TOWER, "connector": CONNECTOR}
+LORA = override(
+    LLM,
+    {"name": "lora", "llm": "lora", "lora_rank": 8, "lora_dropout": 0.0, "micro_batch": 2, "epochs": 1.0}
+    | {"pack_length": 400},
+)
+QLORA = override(LORA, {"name": "qlora", "llm": "qlora"})
+STAGES = {"llm": LLM, "tower": TOWER, "connector": CONNECTOR, "lora": LORA, "qlora": QLORA}
 # AdamW divides by the root of tiny second moments, so that rounding shows in weights more than in losses.
 LOSS, WEIGHT = 1e-4, 2e-4
 OTHERS = ("zero2", "zero3", "fsdp")
@@ -46,6 +52,9 @@ WHOLE_RUNS = [
     *[(name, "tower", True) for name in OTHERS],
     ("zero3", "connector", False),
     ("fsdp", "connector", False),
+    *[(name, "lora", False) for name in engines.ENGINES],
+    ("ddp", "qlora", False),
+    ("zero2", "qlora", False),
 ]
 CHAIN = ("ddp", "zero2", "zero3", "fsdp")  # each goes on from the state that the one before it left
 
@@ -103,6 +112,9 @@ def ran(tiny_checkpoint: Path, files: Files, both: Path, tmp_path_factory: pytes
     for k, name in enumerate(CHAIN):
         stop = {"stop": [k % 2, 4]} if k + 1 < len(CHAIN) else {}  # one process gets a signal in its fourth batch
         cases[f"chain-{k}"] = {**common, **stop, "engine": name, "stage": plain["llm"], "out": str(folder / "chain")}
+    for name in ("zero3", "fsdp"):
+        refused = {"engine": name, "stage": plain["qlora"], "out": str(folder / f"{name}-refused")}
+        cases[f"{name}-refused"] = {**common, **refused}
     loaded = checkpoints.load(tiny_checkpoint)
     with torch.no_grad():
         loaded.model.lm_head.weight[5, 5] = float("inf")
@@ -129,6 +141,12 @@ def same_weights(first: Path, second: Path) -> None:
     assert set(one) == set(two)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=WEIGHT, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_divided_weights_have_no_4_bits(ran: Ran) -> None:
+    for name in ("zero3", "fsdp"):
+        said = ran.results[f"{name}-refused"]
+        assert said["exit"] == 2 and f"qlora with engine {name}" in said["error"] and "zero2" in said["hint"]
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, stage) for name, stage, _ in WHOLE_RUNS])

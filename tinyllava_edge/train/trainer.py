@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from .. import __version__
 from .. import checkpoint as checkpoints
 from ..data.llava_json import BAD_ROWS_FILE, write_bad_rows
-from ..errors import StorageError, TinyLlavaEdgeError
+from ..errors import StorageError, TinyLlavaEdgeError, UsageError
 from ..files import sha256_tree
 from . import adapters
 from .backbones import init_checkpoint
@@ -33,7 +33,7 @@ from .engines import Engine
 from .faults import AGAIN, explained
 from .monitor import USUAL, Monitor, attach
 from .objective import Objective, attention_of
-from .parts import adapts, count_parts, freeze
+from .parts import adapts, count_parts, freeze, modes
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
@@ -125,6 +125,11 @@ def train(
     start = checkpoints.load(checkpoint)
     engine = engine or Engine()
     settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers, engine)
+    if engine.name in ("zero3", "fsdp") and any(mode.kind == "qlora" for mode in modes(stage).values()):
+        raise UsageError(
+            f"stage {stage.name}: qlora with engine {engine.name}, which divides weights; those in 4 bits stay whole",
+            "use ddp or zero2, or lora",
+        )
     attention = attention_of(stage, settings.device, settings.bf16)
     start.model.to(settings.device)
     progress = progress and settings.should_save  # of several processes, one talks and writes
