@@ -99,6 +99,23 @@ def test_bf16_follows_fp32(
     assert result.losses[:2] == pytest.approx(uninterrupted[0].losses[:2], rel=0.03)
 
 
+@pytest.mark.parametrize("changes", [{"llm": "frozen"}, {"llm": "lora", "lora_rank": 8}, {"tower": "from-1"}])
+def test_frozen_weights_in_bf16_change_nothing(
+    changes: dict[str, object], tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are what autocast makes of them at every step; the checkpoint keeps them in float32."""
+    monkeypatch.setattr("tinyllava_edge.train.engine.fast_bf16", lambda device: True)
+    stage = override(ANSWERS, {"precision": "bf16", "epochs": 1, **changes})
+    half = run(tiny_checkpoint, stage, files.qa, files, tmp_path / "half", cache_bytes=0)
+    monkeypatch.setattr("tinyllava_edge.train.trainer.halve_frozen", lambda model: None)
+    whole = run(tiny_checkpoint, stage, files.qa, files, tmp_path / "whole", cache_bytes=0)
+    assert half.losses == whole.losses
+    start, one, two = (tensors(path) for path in (tiny_checkpoint, tmp_path / "half", tmp_path / "whole"))
+    assert all(torch.equal(one[name], two[name]) and one[name].dtype is torch.float32 for name in two)
+    frozen = [name for name in start if "vision_tower" in name and ".layers.0." in name]
+    assert frozen and all(torch.equal(start[name], one[name]) for name in frozen)
+
+
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(
     tiny_checkpoint: Path, files: Files, tmp_path: Path
 ) -> None:

@@ -218,6 +218,8 @@ class Counts:
     """those of all that are kept in 4 bits"""
     adapters: int = 0
     """those of all, and of the trained ones, that are adapters'; float32 in every engine"""
+    halved: int = 0
+    """frozen ones in linear layers, which plain bf16 training keeps in bf16"""
 
 
 @dataclass(frozen=True)
@@ -342,9 +344,10 @@ def _states(counts: Counts, precision: str, engine: Engine, devices: int) -> tup
     share = {name: devices if name in engine.shards else 1 for name in ("weights", "gradients", "optimizer")}
     number = HALF if half else FLOAT
     buckets = 2 if engine.name == "ddp" and devices > 1 else 1  # DDP keeps its own copy of the gradients
-    packed = NF4 * counts.quantised + FLOAT * counts.adapters
+    narrow = counts.halved if precision == "bf16" and not half and not engine.shards else 0
+    packed = NF4 * counts.quantised + FLOAT * counts.adapters + HALF * narrow
     return (
-        (number * (counts.all - counts.quantised - counts.adapters) + packed) / share["weights"],
+        (number * (counts.all - counts.quantised - counts.adapters - narrow) + packed) / share["weights"],
         number * counts.trained * buckets / share["gradients"],
         (12 if half else 8) * counts.trained / share["optimizer"],
     )
@@ -355,5 +358,7 @@ def _copies(counts: Counts, kind: Types, engine: Engine, devices: int, checkpoin
         return 2.0 * kind.width * counts.block  # the layer at work and the next one, fetched ahead
     if not kind.autocast:
         return 0.0
+    if not engine.shards:  # frozen weights are kept in bf16
+        return float(HALF * counts.linear_trained)
     frozen = counts.head + (0 if checkpointing else counts.linear_frozen)
     return float(HALF * (counts.linear_trained + frozen))

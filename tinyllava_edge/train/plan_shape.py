@@ -11,7 +11,7 @@ from ..spec import ModelSpec
 from ..towers import TOWERS
 from ..towers.mof import MixtureOfFeatures
 from .memory_plan import NONE, Adapters, Counts, Shape, Stack
-from .parts import Mode, adapted, adapter_size, modes, part_of
+from .parts import Mode, adapted, adapter_size, halved, modes, part_of
 from .plan_data import Lengths
 from .recipes import StageRecipe
 
@@ -26,6 +26,7 @@ def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
     layers = [_size(layer) for layer in [*_layers(llm), *tower_layers]]
     embedding = model.get_input_embeddings().weight.numel()
     targets, wanted = adapted(model, stage), modes(stage)
+    packed = {id(module) for name, module in targets.items() if wanted[part_of(name)].kind == "qlora"}
     inserted = sum(adapter_size(model, stage, part) for part in wanted)
     given = Adapters(stage.lora_rank, stage.lora_dropout > 0)
     return Shape(
@@ -40,10 +41,14 @@ def model_shape(model: TinyLlava, spec: ModelSpec, stage: StageRecipe) -> Shape:
             head=0 if head.requires_grad else head.numel(),
             block=max(*layers, embedding),
             layer=max(layers),
-            quantised=sum(
-                module.weight.numel() for name, module in targets.items() if wanted[part_of(name)].kind == "qlora"
-            ),
+            quantised=sum(module.weight.numel() for module in targets.values() if id(module) in packed),
             adapters=inserted,
+            halved=sum(
+                p.numel()
+                for module in halved(model)
+                if id(module) not in packed
+                for p in module.parameters(recurse=False)
+            ),
         ),
         llm_trained=head.requires_grad,
         vocabulary=head.shape[0],

@@ -101,7 +101,8 @@ def _ids(checkpoint: Checkpoint, template: Template, turn: Turn) -> tuple[int, l
 def answer(model: TinyLlava, tokenizer: Any, template: Template, prompt: Prompt) -> str:
     """The greedy answer as text. The model's mode, its gradients and all random numbers stay as they were."""
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template.end_of_turn or tokenizer.eos_token)}
-    with undisturbed(model), torch.no_grad():
+    half = any(p.dtype is torch.bfloat16 for p in model.parameters())  # frozen weights of a bf16 stage
+    with undisturbed(model), torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half):
         features = prompt.pixels.get("image_features")
         if "pixel_values" in prompt.pixels:
             features = model.tower_features(prompt.pixels["pixel_values"].to(model.device))

@@ -33,7 +33,7 @@ from .engines import Engine
 from .faults import AGAIN, explained
 from .monitor import USUAL, Monitor, attach
 from .objective import Objective, attention_of
-from .parts import adapts, count_parts, freeze, modes
+from .parts import adapts, count_parts, freeze, halve_frozen, modes
 from .pictures import CACHE_BYTES
 from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
@@ -224,6 +224,8 @@ def _fit(
     freeze(model, stage)
     if adapter is not None:
         adapters.load(model, adapter)
+    if settings.bf16 and engine.name == "ddp":  # the others have ways of their own
+        halve_frozen(model)
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if stage.compile:
@@ -259,7 +261,7 @@ def _whole(
     trainer: StageTrainer, start: checkpoints.Checkpoint, stage: StageRecipe, origin: Mapping[str, str], kept: Path
 ) -> checkpoints.Checkpoint:
     """The trained model as one: gathered where an engine divides it, adapters saved and merged."""
-    if trainer.engine.name == "ddp" and not adapts(stage):
+    if trainer.engine.name == "ddp" and not adapts(stage) and not trainer.args.bf16:
         return start
     gathered = trainer.whole_weights()
     if not trainer.args.should_save:
