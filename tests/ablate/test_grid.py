@@ -144,7 +144,7 @@ def test_a_wrong_grid_is_refused(case: str, folder: Path) -> None:
 
 
 def test_a_stage_whose_name_is_no_directory_is_refused(folder: Path) -> None:
-    stage = 'name = "{}"\ntemplate = "{}"\ntrains = "connector"\nlearning_rate = 1e-3\nbatch_size = 2\n'
+    stage = 'name = "{}"\ntemplate = "{}"\nllm = "frozen"\nlearning_rate = 1e-3\nbatch_size = 2\n'
     stages = ("pretrain", "pretrain"), ("../../x", "model"), ("finetune", "model")
     text = "".join("[[stages]]\n" + stage.format(*names) for names in stages)
     (folder / "mine.toml").write_text(f'name = "mine"\n{text}')

@@ -89,7 +89,9 @@ def arguments(
 
 
 def _prepare_libraries(engine: Engine, device: str) -> None:
-    """What must be set before DeepSpeed or a process group is there."""
+    """What must be set before the first product, and before DeepSpeed or a process group is there."""
+    # oneDNN keeps kernels for 1,024 shapes by default: gigabytes where every batch has another length
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if importlib.util.find_spec("deepspeed") is not None:  # accelerate imports it too wherever it is installed
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
