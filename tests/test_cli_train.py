@@ -60,8 +60,9 @@ def test_adapters_from_the_command_line(data: Path, tmp_path: Path) -> None:
     spec = checkpoints.load_spec(tmp_path / "one")
     assert (spec.name, spec.connector, spec.visual_tokens) == ("mine", "avgpool-16", 16)
     again = call(
-        "train", "--checkpoint", "one.init", "--adapter", "one.adapter", "--recipe", "lora-nano", "--set", "lora_rank=4",
-        "--set", "batch_size=4", "--set", "epochs=1", "--data", data / "both.toml", "-o", "two", cwd=tmp_path,
+        "train", "--checkpoint", "one.init", "--adapter", "one.adapter", "--recipe", "lora-nano",
+        "--set", "lora_rank=4", "--set", "batch_size=4", "--set", "epochs=1",
+        "--data", data / "both.toml", "-o", "two", cwd=tmp_path,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     merged = call("merge", "one.init", "two.adapter", "-o", "merged", cwd=tmp_path)
@@ -69,7 +70,7 @@ def test_adapters_from_the_command_line(data: Path, tmp_path: Path) -> None:
     by_hand, by_train = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "two"))
     assert all((by_hand[name] == by_train[name]).all() for name in by_train)
     shown = call("report", "--training", "one.train.json", "--training", "two.train.json", "-o", "t.html", cwd=tmp_path)
-    assert shown.returncode == 0 and "lora" in (tmp_path / "t.html").read_text(), shown.stderr
+    assert shown.returncode == 0 and "two" in (tmp_path / "t.html").read_text(), shown.stderr
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,12 @@ def test_adapters_from_the_command_line(data: Path, tmp_path: Path) -> None:
         (("--cache-size", "much"), "--cache-size 'much'"),
         (("--engine", "zero9"), "zero9"),
         (("--track", "csv"), "csv"),
+        (("--feature-type", "int4"), "'int4'"),
+        (("--set", f"learning_rate=1{'0' * 400}"), "learning_rate"),
+        (("--set", f"seed={'[' * 5000}"), "seed"),
+        (("--set", "batch_size=2147483647"), "batch_size"),
+        (("--max-length", "9" * 30), "--max-length"),
+        (("--images", "out"), "is read, and out will be written"),
     ],
 )
 def test_wrong_flags_are_said_before_anything_is_made(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

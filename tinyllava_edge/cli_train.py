@@ -161,7 +161,7 @@ def train(
 
     With --dry-run, say what a recipe takes: `train --variant TinyLLaVA-share-Sig-Phi --devices 8 --dry-run`.
     """
-    from .train_commands import Source, parse_bad, plan_training, train_stage
+    from .train_commands import Source, ending, parse_bad, plan_training, train_stage
 
     source = Source(
         checkpoint, adapter, variant, tuple(vision or ()), llm, recipe, stage, tuple(changes or ()),
@@ -177,8 +177,9 @@ def train(
             "mfu": mfu,
         }
         value, lines = plan_training(
-            source, files, places, max_bad=max_bad, rows=rows, text_tokens=text_tokens, machine=machine
-        )
+            source, files, places, max_bad=max_bad, rows=rows, text_tokens=text_tokens, machine=machine,
+            cache_size=cache_size, feature_type=feature_type,
+        )  # fmt: skip
         emit(value) if as_json else print("\n".join(lines))
         return
     result = train_stage(
@@ -203,7 +204,7 @@ def train(
         engine={"name": engine, "offload": offload, "config": engine_config},
     )
     if result is not None:  # of several processes, one speaks
-        emit(result) if as_json else talk(f"checkpoint: {out}")
+        emit(result) if as_json else talk(ending(result))
 
 
 def merge(
@@ -212,7 +213,7 @@ def merge(
     out: Annotated[Path, typer.Option("-o", "--out", help="Checkpoint directory to write.")],
     force: Force = False,
 ) -> None:
-    """Add a LoRA adapter to the weights it was trained on: `merge CKPT CKPT.adapter -o MERGED`."""
+    """Add a LoRA adapter to the weights it was trained on: `merge work/stage-1 work/lora.adapter -o work/merged`."""
     from .train.adapters import merge_checkpoint
 
     merge_checkpoint(checkpoint, adapter, out, force=force)

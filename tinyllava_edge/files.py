@@ -38,7 +38,8 @@ def sha256_tree(root: Path) -> str:
     """One hex SHA-256 over the names and bytes of all regular files below `root`, in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{sha256_file(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -96,6 +97,7 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
+            _open_up(temporary)
             _sync(temporary)
             if target.exists() and not force:
                 raise StorageError(f"{target} was made by another run meanwhile", "name another place with -o")
@@ -103,9 +105,21 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         except Exception as error:
             if is_full(target, _FULL) and not isinstance(error, StorageError):
                 raise no_space(target) from error  # native code says it in other words
+            if type(error).__name__ == "SafetensorError" or getattr(error, "errno", None) == errno.EFBIG:
+                raise StorageError(
+                    f"{target}: can't be written ({error})", "make room, or choose another place"
+                ) from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Files that a library made for its owner alone get the directory's own rights: others may read checkpoints."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(rights)
 
 
 def end_of_links(target: Path) -> Path:

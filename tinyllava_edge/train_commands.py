@@ -92,9 +92,21 @@ def _change(text: str) -> tuple[str, Any]:
         raise UsageError(f"--set {text!r}", "write a key of the recipe and its value, e.g. --set epochs=3")
     try:
         parsed = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = value  # a word, such as bf16
     return key.strip(), parsed
+
+
+def ending(record: Mapping[str, Any]) -> str:
+    """What a person is told when a stage is over."""
+    out, recipe, score = record["checkpoint"], record["recipe"], record["score"]
+    lines = []
+    if score is not None:
+        lines.append(f"held-out: {score['exact']} of {score['rows']} exact, {score['loss']:.4f} nats a token")
+    if any("lora" in recipe[part] for part in ("tower", "connector", "llm")):
+        lines.append(f"adapter: {out}.adapter, merged into the checkpoint")
+    following = "tinyllava-edge export" if recipe["template"] == "model" else "tinyllava-edge train --checkpoint"
+    return "\n".join([*lines, f"checkpoint: {out} (next: {following} {out} …)"])
 
 
 def parse_bad(text: str) -> int | float:
@@ -141,10 +153,12 @@ def train_stage(
     if out is None or not data:
         lacking = [flag for flag, value in (("--out", out), ("--data", data)) if not value]
         raise UsageError(f"training needs {', '.join(lacking)}", "or see what it would do, with --dry-run")
-    from .checkpoint_spec import load_spec
+    from .train.launch import is_first, one_at_a_time, quiet_libraries
+
+    quiet_libraries()
     from .train.engines import choose
-    from .train.launch import is_first, one_at_a_time
     from .train.monitor import Monitor
+    from .train.places import check_places, start_directory
     from .train.plan_text import parse_memory
     from .train.tracking import DEFAULT
     from .train.trainer import train
@@ -153,14 +167,15 @@ def train_stage(
     name = source.stage or "finetune"
     chosen = source.recipe_of((name,)).stage(name)
     checkpoint = source.checkpoint
-    if checkpoint is not None and checkpoint.resolve() == out.resolve():
-        raise UsageError(f"{out} is the checkpoint to start from", "name another place with -o")
+    check_places(
+        out,
+        [*data, *images, checkpoint, source.adapter, eval_data, cache, *source.vision, source.llm, engine["config"]],
+    )
     if checkpoint is None:
         new = source.new()
-        checkpoint = out.parent / f"{out.name}.init"
+        checkpoint = start_directory(out)
         with one_at_a_time(checkpoint):
-            if not checkpoint.exists() or load_spec(checkpoint) != new.spec:
-                new.write(checkpoint)
+            new.write(checkpoint)
     record = train(
         checkpoint,
         chosen,
@@ -191,6 +206,8 @@ def plan_training(
     rows: int | None,
     text_tokens: int,
     machine: Mapping[str, Any],
+    cache_size: str,
+    feature_type: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """What training would do, as JSON values and as lines for people; needs no weights.
 
@@ -205,9 +222,7 @@ def plan_training(
     source.check()
     if images and not data:
         raise UsageError("--images without --data", "give both to measure rows, or none")
-    if data and not source.stage:
-        raise UsageError(f"{data[0]} holds the rows of one stage", "name it with --stage")
-    stages = (source.stage,) if source.stage else ()
+    stages = (source.stage or "finetune",) if data or source.stage else ()  # data are one stage's
     chosen = source.recipe_of(stages)
     if source.checkpoint is not None:
         model, spec = checkpoint_model(source.checkpoint)
@@ -228,5 +243,7 @@ def plan_training(
         rows=rows,
         text_tokens=text_tokens,
         lengths=lengths,
+        cache_bytes=int(parse_memory(cache_size, "--cache-size")),
+        feature_bytes=4 if feature_type == "float32" else 2,
     )
     return plan.to_dict(), plan_lines(plan)

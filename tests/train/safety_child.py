@@ -69,7 +69,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "between two states": lambda: at_call(StageData, "batch", 8, die),
     "dropping an old state": lambda: at_call(states, "states_in", 4, die),
     "saving the checkpoint": lambda: at_call(checkpoints, "save_tokenizer", 1, die),
-    "tidying up": lambda: at_call(trainer, "_clean", 1, die),
+    "tidying up": lambda: at_call(trainer, "tidy", 1, die),
     "full disk": lambda: at_call(states._Shards, "flush", 4, tiny_disk),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import CheckpointError, StorageError, TinyLlavaEdgeError, UsageError
@@ -128,10 +128,27 @@ def test_an_adapter_is_trained_further(
     kept = adapter_directory(out)
     second = run(tiny_checkpoint, override(LORA, {"lora_dropout": 0.0}), files, tmp_path / "on", adapter=kept)
     assert second.losses[0] < first.losses[0] / 2 and second.final_loss < first.final_loss
-    for k, changes in enumerate(({"lora_rank": 4}, {"connector": "frozen"})):
-        with pytest.raises(CheckpointError, match="doesn't fit") as error:
+    for k, changes in enumerate(({"lora_rank": 4, "lora_alpha": 8.0}, {"connector": "frozen"}, {"lora_alpha": 8.0})):
+        with pytest.raises(CheckpointError, match="doesn't fit|scaled by 2") as error:
             run(tiny_checkpoint, override(LORA, changes), files, tmp_path / f"other-{k}", adapter=kept)
         assert "recipe that made it" in error.value.hint
+
+
+def test_an_adapter_of_another_checkpoint_is_refused(
+    trained: tuple[TrainResult, Path], files: Files, tmp_path: Path
+) -> None:
+    """It is merged into the checkpoint beside it already, where it would count twice."""
+    with pytest.raises(CheckpointError, match="was not trained on"):
+        run(trained[1], LORA, files, tmp_path / "twice", adapter=adapter_directory(trained[1]))
+
+
+def test_a_part_without_linear_layers_takes_no_adapters(tiny_checkpoint: Path) -> None:
+    model = checkpoints.load(tiny_checkpoint).model
+    model.model.multi_modal_projector = torch.nn.Identity()
+    with pytest.raises(UsageError, match="connector = 'lora', and it has no linear layer"):
+        adapters.put_in(model, override(LORA, {"connector": "lora"}))
+    with pytest.raises(UsageError, match="lora_rank = 9999"):
+        adapters.put_in(model, override(LORA, {"lora_rank": 9999}))
 
 
 def test_a_run_with_dropout_goes_on_bit_for_bit(
@@ -216,13 +233,15 @@ def test_whole_layers_beside_adapters_are_saved_as_peft_wants_them(
 
 def test_a_damaged_adapter_is_named(trained: tuple[TrainResult, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
     def spoiled(name: str, data: bytes) -> Path:
-        folder = tmp_path / f"{name}-{len(data)}"
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(adapter_directory(trained[1]), folder)
         (folder / name).write_bytes(data)
         return folder
 
     config = json.loads((adapter_directory(trained[1]) / adapters.CONFIG).read_text())
     whole = (adapter_directory(trained[1]) / adapters.WEIGHTS).read_bytes()
+    values = load_file(adapter_directory(trained[1]) / adapters.WEIGHTS)
+    nan = save({name: value * torch.nan for name, value in values.items()})
     cases = [
         spoiled(adapters.WEIGHTS, whole[:-100]),
         spoiled(adapters.WEIGHTS, b""),
@@ -231,6 +250,9 @@ def test_a_damaged_adapter_is_named(trained: tuple[TrainResult, Path], tiny_chec
         spoiled(adapters.CONFIG, b"[]"),
         spoiled(adapters.CONFIG, json.dumps({**config, "r": 0}).encode()),
         spoiled(adapters.CONFIG, json.dumps({**config, "use_dora": True}).encode()),
+        spoiled(adapters.CONFIG, json.dumps({**config, "r": 7}).encode()),
+        spoiled(adapters.CONFIG, json.dumps({**config, "lora_alpha": 10**400}).encode()),
+        spoiled(adapters.WEIGHTS, nan),
         spoiled(adapters.ORIGIN, b"[]"),
     ]
     for folder in cases:

@@ -277,7 +277,7 @@ def test_the_command_shows_a_table_and_one_stage(tmp_path: Path) -> None:
         (("--variant", SHARE), "training needs --out, --data"),
         (("--dry-run", "--variant", SHARE, "--device-memory", "lots"), "--device-memory 'lots'"),
         (("--dry-run", "--variant", SHARE, "--images", "."), "--images without --data"),
-        (("--dry-run", "--variant", SHARE, "--data", "x.json", "--images", "."), "the rows of one stage"),
+        (("--dry-run", "--variant", SHARE, "--set", "epoch=3"), "unknown key 'epoch'"),
         (("--dry-run", "--variant", "typo"), "typo"),
     ],
 )

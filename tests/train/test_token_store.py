@@ -27,7 +27,7 @@ from tinyllava_edge.prompt import IMAGE_MARKER, TEMPLATES, Turn
 from tinyllava_edge.tokenizer_files import factory_special_tokens, fast_tokenizer
 from tinyllava_edge.train.collate import group
 from tinyllava_edge.train.encode import Compact, Encoded, Encoder, expand
-from tinyllava_edge.train.source import Source, open_source, picture_names
+from tinyllava_edge.train.source import Source, open_source
 from tinyllava_edge.train.token_build import token_store
 from tinyllava_edge.train.token_store import ARRAYS, BAD, META, Packs, TokenStore
 
@@ -97,7 +97,7 @@ def test_what_is_read_is_what_the_encoder_gives(kind: str, images: Path, tmp_pat
     assert len(store) == len(rows) and len(store.bad) == 12 - len(rows) and not said
     for number, row in enumerate(rows):
         same(store.encoded(number), encoder.encode(row))
-        assert tuple(store.picture(k) for k in store.images(number)) == tuple((0, n) for n in picture_names(row))
+        assert tuple(store.picture(k) for k in store.images(number)) == tuple((0, n) for n in row.images)
         assert store.row_id(number) == row.id
     assert store.pictures == 3
     assert store.column("length").tolist() == [len(encoder.encode(row).ids) for row in rows]
@@ -337,7 +337,7 @@ def test_any_rows_come_back(
         found = store.encoded(k)
         assert found.ids.tolist() == naive_ids and found.is_answer.tolist() == naive_marks
         same(found, expand(compact, 5, slots))
-        assert [store.picture(n)[1] for n in store.images(k)] == list(picture_names(row))
+        assert [store.picture(n)[1] for n in store.images(k)] == list(row.images)
     packs = Packs(store, most)
     assert packs.lengths.tolist() == [item.length for item in packs]
     assert sum(len(item.rows) for item in packs) == packs.kept == len(rows)

@@ -38,8 +38,18 @@ def put_in(model: TinyLlava, stage: StageRecipe, precision: str = "fp32") -> Non
         UsageError: the stage wants 4-bit weights, and bitsandbytes is not installed or doesn't run here.
     """
     targets = adapted(model, stage)
+    for part, mode in modes(stage).items():
+        if mode.adapts and not any(part_of(name) == part for name in targets):
+            raise UsageError(
+                f"stage {stage.name}: {part} = {mode.kind!r}, and it has no linear layer to adapt", "train it full"
+            )
     if not targets:
         return
+    widest = max(max(module.in_features, module.out_features) for module in targets.values())
+    if stage.lora_rank > widest:
+        raise UsageError(
+            f"stage {stage.name}: lora_rank = {stage.lora_rank}", f"at most {widest}, the width of the widest layer"
+        )
     from peft import LoraConfig, inject_adapter_in_model
 
     wanted = modes(stage)
@@ -137,13 +147,19 @@ def _module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def load(model: TinyLlava, folder: Path) -> None:
+def load(model: TinyLlava, folder: Path, stage: StageRecipe) -> None:
     """Put an adapter's values into a model that `put_in` has prepared with the same rank and parts, to train on.
 
     Raises:
-        CheckpointError: the directory is damaged, or was made for other parts, ranks or layers.
+        CheckpointError: the directory is damaged, or was made for other parts, ranks, layers or another scale.
     """
-    tensors, _ = read(folder)
+    tensors, config = read(folder)
+    scale, wanted_scale = config["lora_alpha"] / config["r"], stage.lora_alpha / stage.lora_rank
+    if not math.isclose(scale, wanted_scale):
+        raise CheckpointError(
+            f"{folder}: scaled by {scale:g} (lora_alpha / r), the stage's by {wanted_scale:g}",
+            "train on with the recipe that made it: the same lora_alpha and lora_rank",
+        )
     own = {name.replace(NAME, ""): parameter for name, parameter in model.named_parameters()}
     wanted = {name for name, parameter in own.items() if parameter.requires_grad}
     wrong = sorted(wanted ^ set(tensors)) or [name for name, value in tensors.items() if own[name].shape != value.shape]
@@ -170,11 +186,17 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
         rank, alpha = config["r"], config["lora_alpha"]
-        good = type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha)
+        good = type(rank) is int and rank > 0 and type(alpha) in (int, float) and 0 < alpha < 1e9
+        good = good and all(value.shape[0] == rank for name, value in tensors.items() if ".lora_A." in name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not an adapter ({str(error)[:200]})", "give the whole directory") from error
     if not good or any(not name.startswith(PREFIX) for name in tensors):
         raise CheckpointError(f"{folder}: not a LoRA adapter of a whole model", "give one that `train` wrote")
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} holds something else than finite numbers", "train it again"
+            )
     if config.get("use_dora") or config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise CheckpointError(f"{folder / CONFIG}: DoRA, rsLoRA or ranks by layer", "merge it with PEFT instead")
     return {name.removeprefix(PREFIX): value for name, value in tensors.items()}, config
@@ -194,7 +216,12 @@ def merge(model: TinyLlava, folder: Path) -> None:
             if matrix == "A.weight":
                 other = tensors.get(f"{target}.lora_B.weight")
                 weight = own.get(f"{target}.weight")
-                if other is None or weight is None or weight.shape != (other.shape[0], value.shape[1]):
+                if (
+                    other is None
+                    or weight is None
+                    or weight.shape != (other.shape[0], value.shape[1])
+                    or (other.shape[1] != value.shape[0])
+                ):
                     raise CheckpointError(f"{folder}: {name} has no place in the model", "give the model it belongs to")
                 delta = (other.float() @ value.float()) * (config["lora_alpha"] / config["r"])
                 weight.add_(delta.to(weight.device))
@@ -214,16 +241,22 @@ def merge_checkpoint(checkpoint: Path, folder: Path, out: Path, *, force: bool =
     from .. import checkpoint as checkpoints
     from ..files import sha256_tree
 
-    origin = folder / ORIGIN
-    if origin.is_file():
-        try:
-            known = json.loads(origin.read_text(encoding="utf-8")).get("source_sha256")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{origin}: can't be read ({error})", "give the whole directory") from error
-        if known != sha256_tree(checkpoint):
-            raise CheckpointError(
-                f"{folder}: was not trained on {checkpoint}", "give the checkpoint that its origin.json names"
-            )
+    check_origin(folder, checkpoint, sha256_tree(checkpoint))
     start = checkpoints.load(checkpoint)
     merge(start.model, folder)
     checkpoints.save(start.model, start.tokenizer, start.spec, out, force=force)
+
+
+def check_origin(folder: Path, checkpoint: Path, sha256: str) -> None:
+    """Raise CheckpointError if the adapter says that it was trained on another checkpoint than this one."""
+    origin = folder / ORIGIN
+    if not origin.is_file():  # PEFT's own directories say nothing
+        return
+    try:
+        known = json.loads(origin.read_text(encoding="utf-8")).get("source_sha256")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{origin}: can't be read ({error})", "give the whole directory") from error
+    if known != sha256:
+        raise CheckpointError(
+            f"{folder}: was not trained on {checkpoint}", "give the checkpoint that its origin.json names"
+        )

@@ -28,6 +28,7 @@ from ..prompt import get_template
 from .collate import Pack, arrange, collate
 from .encode import Encoder
 from .feature_fill import stored_features
+from .feature_store import DTYPES
 from .pictures import CACHE_BYTES, Pictures, StoredPixels
 from .recipes import StageRecipe
 from .sampler import PackSampler
@@ -86,7 +87,10 @@ class StageData(Dataset[Pack]):
         The weight of a set counts packs, so each epoch has the same number of them.
         """
         order = partial(self.source.order, self.packs.sizes, seed) if self.source else None
-        return PackSampler(self.packs.lengths, batch, seed, order=order, group=self.group_by_length)
+        found = PackSampler(self.packs.lengths, batch, seed, order=order, group=self.group_by_length)
+        if not len(found):
+            raise DataError(f"{self.source}: an epoch draws no row", "give the sets larger weights")
+        return found
 
 
 def prepare(
@@ -102,6 +106,7 @@ def prepare(
     varlen: bool = False,
     feature_dtype: str = "float32",
     say: Callable[[str], None] | None = None,
+    alone: bool = False,
 ) -> StageData:
     """Read, check, tokenise and pack a stage's data; keep tower features when the tower is frozen and they fit.
 
@@ -115,6 +120,7 @@ def prepare(
         varlen: batches for FlashAttention, one sequence without a mask.
         feature_dtype: `float32`, `bfloat16` or `float16`, in which features are kept.
         say: takes one line for people; by default it goes to stderr.
+        alone: this process computes all features itself, the others of the run do something else.
 
     Raises:
         DataError: unusable files, or more than `max_bad` bad rows (unreadable pictures included).
@@ -124,11 +130,11 @@ def prepare(
     """
     if varlen and stage.max_turns > 1:
         raise UsageError(f"max_turns = {stage.max_turns} with varlen attention", "set max_turns = 1 in the recipe")
+    if feature_dtype not in DTYPES:
+        raise UsageError(f"features in {feature_dtype!r}", f"known: {', '.join(DTYPES)}")
     say = say or _stderr
     spec = checkpoint.spec
-    template = get_template(spec.template if stage.template == "model" else stage.template)
-    limit = min(stage.max_length or spec.max_length, spec.max_length)
-    encoder = Encoder(checkpoint.tokenizer, template, spec.visual_tokens, limit)
+    encoder = _encoder(checkpoint, stage)
     temporary = tempfile.mkdtemp(prefix="tinyllava-edge-") if cache is None else None
     try:
         place = Path(temporary) if temporary else Path(cache or "")
@@ -146,7 +152,7 @@ def prepare(
                 place,
                 cache_bytes=cache_bytes,
                 dtype=feature_dtype,
-                share=(0, 1) if temporary else processes(),  # nobody else sees a temporary directory
+                share=(0, 1) if temporary or alone else processes(),  # nobody else sees a temporary directory
                 on_progress=on_progress,
                 say=say,
             )
@@ -170,6 +176,33 @@ def prepare(
     finally:
         if temporary:
             _remove(temporary, os.getpid())
+
+
+def check_rows(
+    checkpoint: Checkpoint,
+    stage: StageRecipe,
+    data: Path | Sequence[Path],
+    images: Path | Sequence[Path],
+    cache: Path,
+    *,
+    max_bad: int | float = 0,
+) -> None:
+    """Read, check and tokenise rows that are needed later; pictures are looked up, not decoded.
+
+    Raises:
+        DataError: unusable files, or more than `max_bad` bad rows.
+    """
+    store = token_store(open_source(data, images, cache), _encoder(checkpoint, stage), cache, _stderr)
+    check_bad(store.bad, max_bad, len(store) + len(store.bad))
+    if not len(store):
+        raise DataError(f"{data}: no usable row", "give LLaVA JSON with at least one conversation")
+
+
+def _encoder(checkpoint: Checkpoint, stage: StageRecipe) -> Encoder:
+    spec = checkpoint.spec
+    template = get_template(spec.template if stage.template == "model" else stage.template)
+    limit = min(stage.max_length or spec.max_length, spec.max_length)
+    return Encoder(checkpoint.tokenizer, template, spec.visual_tokens, limit)
 
 
 def processes() -> tuple[int, int]:

@@ -57,7 +57,12 @@ def stored_features(
     if not count or not cache_bytes:
         return None, {}
     shape = _shape(model, spec)
-    if count * shape[0] * shape[1] * DTYPES[dtype].itemsize > cache_bytes:  # known before any picture is read
+    needed = count * shape[0] * shape[1] * DTYPES[dtype].itemsize
+    if needed > cache_bytes:  # known before any picture is read
+        say(
+            f"features of {count:,} pictures take {needed / 1e9:.1f} GB, {cache_bytes / 1e9:.1f} are allowed: they are "
+            "computed for each batch (--cache-size)"
+        )
         return None, {}
     faults: dict[int, str] = {}
     digests = [_digest(pixels, number, faults) for number in range(count)]
@@ -197,6 +202,7 @@ def _key(model: TinyLlava, spec: ModelSpec, dtype: str) -> str:
             digest.update(plain.data)
     facts: dict[str, Any] = {
         "tower": digest.hexdigest(),
+        "config": model.config.vision_config.to_dict(),
         "layer": layer,
         "select": spec.select_strategy,
         "processor": processor_config(spec),

@@ -64,17 +64,22 @@ def freeze(model: TinyLlava, stage: StageRecipe) -> None:
     Raises:
         UsageError: `from-K` for a part that has no layer K.
     """
+    from torch import nn
+
     wanted = modes(stage)
     found = dict.fromkeys(PARTS, 0)
-    embedding = model.get_input_embeddings().weight
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     for key, parameter in model.named_parameters():
         part = part_of(key)
-        trains = _trains(key, wanted[part], model, parameter is embedding)
+        trains = _trains(key, wanted[part], model, id(parameter) in embeddings)
         parameter.requires_grad = trains and parameter.is_floating_point()
         found[part] += parameter.requires_grad and layer_of(key) is not None
     for part, mode in wanted.items():
         if mode.kind == "from" and not found[part]:
-            raise UsageError(f"stage {stage.name}: {part} = 'from-{mode.first}': the {part} has no such layer")
+            raise UsageError(
+                f"stage {stage.name}: {part} = 'from-{mode.first}': the {part} has no such layer",
+                "count its layers in config.json; a tower's last ones may never be reached",
+            )
 
 
 def _trains(key: str, mode: Mode, model: TinyLlava, is_embedding: bool) -> bool:

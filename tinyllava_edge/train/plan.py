@@ -137,6 +137,7 @@ def make_plan(
     text_tokens: int,
     lengths: Callable[[StageRecipe, int], Lengths] | None = None,
     cache_bytes: int = CACHE_BYTES,
+    feature_bytes: int = FLOAT,
 ) -> Plan:
     """Plan a recipe for a model, weights not needed.
 
@@ -147,6 +148,7 @@ def make_plan(
         text_tokens: tokens of a row besides the picture; used where no data is measured.
         lengths: called with a stage and the positions after which its rows are cut; measures data.
         cache_bytes: as `train`: the most that cached tower features may take.
+        feature_bytes: of a number in them.
 
     Raises:
         UsageError: an unknown stage or engine, or a value out of range.
@@ -163,7 +165,7 @@ def make_plan(
         found = measured or _assumed(stage, spec, limit, count, text_tokens)
         if rows is not None and measured is not None:
             found = _scaled(measured, rows)
-        plans.append(_stage(model, spec, stage, found, limit, machine, cache_bytes))
+        plans.append(_stage(model, spec, stage, found, limit, machine, cache_bytes, feature_bytes))
     return Plan(
         spec.name, recipe.name, machine, tuple(plans), _assumptions(plans, machine, recipe, rows, bool(lengths))
     )
@@ -207,6 +209,7 @@ def _stage(
     limit: int,
     machine: Machine,
     cache_bytes: int,
+    feature_bytes: int,
 ) -> StagePlan:
     freeze(model, stage)
     rows, packs = (None, None) if found.rows < 0 else (found.rows, found.packs)
@@ -215,7 +218,7 @@ def _stage(
     shape = model_shape(model, spec, stage)
     features = 0
     if stage.tower == "frozen" and rows is not None:
-        size = found.pictures * spec.feature_tokens * shape.tower.hidden * FLOAT
+        size = found.pictures * spec.feature_tokens * shape.tower.hidden * feature_bytes
         features = size if size <= cache_bytes else 0
     load = Load(micro, found.positions, found.answers, accumulate, features > 0)
     longest = Load(micro, found.longest, found.most_answers, accumulate, features > 0)
@@ -287,7 +290,8 @@ def _warnings(
         )
     if stage.max_length > spec.max_length:
         warnings.append(
-            f"max_length {stage.max_length} is more than the model's own {spec.max_length}: rows are cut there"
+            f"max_length {stage.max_length} is more than the model's own {spec.max_length}: rows are cut there "
+            "(--max-length gives a new model another)"
         )
     if found.refused:
         warnings.append(f"{found.refused:,} rows will be refused by this stage; see --max-bad-rows")
@@ -298,7 +302,9 @@ def _warnings(
         what = "does not fit" if whole else "fits sequences of mean length, not a batch of the longest"
         remedies = ["lower micro_batch"] if micro > 1 else []
         remedies += [] if stage.gradient_checkpointing else ["turn on gradient_checkpointing"]
-        remedies += ["shard with --engine zero3 or fsdp"] if machine.engine in ("ddp", "zero2") else []
+        divided = machine.engine in ("zero3", "fsdp") and machine.devices > 1
+        remedies += [] if divided else ["divide over several --devices with --engine zero3 or fsdp"]
+        remedies += ["train adapters: --recipe qlora"] if stage.llm not in ("frozen", "qlora") else []
         warnings.append(
             f"{what}: {most.peak / 1e9:.1f} GB of {machine.memory / 1e9:.1f} GB; "
             + (", or ".join(remedies) or "more devices or memory are needed")

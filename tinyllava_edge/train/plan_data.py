@@ -110,9 +110,10 @@ def measure(
     answers = [sum(int(row.is_answer.sum()) for row in item.rows) for item in packs]
     how = "a tokenizer" if tokenizer is not None else f"{CHARACTERS:g} characters a token (no tokenizer: an assumption)"
     part = f", {len(found.rows):,} of {found.good:,} rows" if found.share > 1 else ""
+    part += f", each drawn {found.drawn:.3g} times an epoch" if found.drawn != 1 else ""
     return Lengths(
         rows=round(len(encoded) * scale),
-        packs=round(len(packs) * scale),
+        packs=round(len(packs) * scale * found.drawn),
         pictures=len({name for row in found.rows for name in row.images}) * found.share,
         with_picture=sum(bool(item.images) for item in packs) / len(packs),
         positions=sum(item.length for item in packs) / len(packs),
@@ -129,6 +130,7 @@ class _Sample:
     rows: tuple[Row, ...]
     good: int  # rows in all
     share: int  # one of so many pictures was taken
+    drawn: float  # how often an epoch draws a row, by its set's weight
     source: Source
 
 
@@ -139,7 +141,7 @@ def _sample(data: Path | Sequence[Path], images: Path | Sequence[Path], max_bad:
     """
     kept: list[tuple[int, Row]] = []
     bad: list[BadRow] = []
-    good, share = 0, 1
+    good, share, drawn = 0, 1, 0.0
     with tempfile.TemporaryDirectory() as index:
         source = open_source(data, images, Path(index))
         for of, row in source.rows():
@@ -147,6 +149,7 @@ def _sample(data: Path | Sequence[Path], images: Path | Sequence[Path], max_bad:
                 bad.append(row)
                 continue
             good += 1
+            drawn += source.sets[of].weight
             key = "\0".join(row.images) or f"\0{good}"
             place = zlib.crc32(f"{of}\0{key}".encode())
             if place % share == 0:
@@ -157,7 +160,7 @@ def _sample(data: Path | Sequence[Path], images: Path | Sequence[Path], max_bad:
     check_bad(bad, max_bad, good + len(bad))
     if not kept:
         raise DataError(f"{source}: no usable row", "give LLaVA JSON with at least one conversation")
-    return _Sample(tuple(row for _, row in kept), good, share, source)
+    return _Sample(tuple(row for _, row in kept), good, share, drawn / good, source)
 
 
 def _encode(encoder: Encoder | CharacterEncoder, rows: Sequence[Row]) -> list[tuple[Row, Encoded]]:

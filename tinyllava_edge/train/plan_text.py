@@ -62,7 +62,7 @@ def _stage(stage: StagePlan, plan: Plan) -> list[str]:
     lines += [f"  {line}" for line in _columns(table)]
     lines.append(f"  the peak comes {MOMENTS[stage.memory_longest.moment]}; not all parts are alive then")
     if stage.host_features:
-        lines.append(f"  tower features are cached: {_bytes(stage.host_features)} of host memory in each process")
+        lines.append(f"  tower features are cached: {_bytes(stage.host_features)} on the disk")
     lines.append(f"  time    {_time(stage, plan)}")
     return [*lines, *(f"  warning: {text}" for text in stage.warnings)]
 

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from .parts import PARTS, parse_mode
 
 SCHEDULERS = ("cosine", "linear", "constant")
+LARGEST_BATCH = 1 << 20
 PRECISIONS = ("bf16", "fp32")
 ATTENTIONS = ("auto", "sdpa", "flash")
 TEMPLATES = ("pretrain", "model")
@@ -74,7 +75,7 @@ class StageRecipe:
     compile: bool = False
     """compile the language model's layers with torch.compile"""
     precision: str = "bf16"
-    """`bf16`: autocast with float32 weights, where the device has instructions for it, else as `fp32`"""
+    """`bf16`: autocast with float32 weights (frozen ones in bf16), where the device has instructions, else as `fp32`"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     save_steps: int = 500
@@ -241,9 +242,9 @@ def load(name_or_path: str | Path) -> Recipe:
         raise UsageError(f"unknown recipe {name!r}", f"known: {', '.join(PRESETS)}, or the path of a .toml file")
     try:
         value = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"{name}: can't be read as TOML ({error})", "compare with the files in train/recipes"
+            f"{name}: can't be read as TOML ({str(error)[:200]})", "compare with the files in train/recipes"
         ) from error
     return recipe_from(value, name)
 
@@ -293,11 +294,11 @@ def _stage(value: Mapping[str, Any], where: str) -> StageRecipe:
 
 def _typed(given: Any, hint: Any, where: str) -> Any:
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in kinds and type(given) is int:
+    if float in kinds and type(given) is int and abs(given) < 1 << 53:
         return float(given)
     if type(given) not in kinds:
         names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise UsageError(f"{where} = {given!r}: not of type {names}", "compare with the files in train/recipes")
+        raise UsageError(f"{where} = {_short(given)}: not of type {names}", "compare with the files in train/recipes")
     return given
 
 
@@ -313,6 +314,8 @@ def _check(stage: StageRecipe, where: str) -> None:
     kinds = [parse_mode(getattr(stage, part), f"{where}: {part}").kind for part in PARTS]
     if set(kinds) == {"frozen"}:
         raise UsageError(f"{where}: every part is frozen", 'train one, e.g. connector = "full"')
+    if stage.batch_size > LARGEST_BATCH:
+        raise UsageError(f"{where}: batch_size = {_short(stage.batch_size)}", f"it must be at most {LARGEST_BATCH:,}")
     lowest: dict[str, float] = {
         "batch_size": 1,
         "max_turns": 1,
@@ -326,7 +329,7 @@ def _check(stage: StageRecipe, where: str) -> None:
     for name, limit in lowest.items():
         given = getattr(stage, name)
         if given is not None and not limit <= given < 2**31:
-            raise UsageError(f"{where}: {name} = {given}", f"it must be at least {limit:g}")
+            raise UsageError(f"{where}: {name} = {_short(given)}", f"it must be at least {limit:g}")
     if not stage.name or not 0 < stage.learning_rate < 1 or not 0 < stage.epochs <= 1000:
         raise UsageError(
             f"{where}: learning_rate = {stage.learning_rate}, epochs = {stage.epochs}",
@@ -351,6 +354,13 @@ def _check(stage: StageRecipe, where: str) -> None:
             f"{where}: batch_size = {stage.batch_size} is no multiple of micro_batch = {stage.micro_batch}",
             "choose a micro_batch that divides batch_size",
         )
+
+
+def _short(given: Any) -> str:
+    """A value as messages repeat it."""
+    if type(given) is int and abs(given) >= 1 << 63:
+        return "a very large number"
+    return repr(given)[:40] if isinstance(given, str | int | float) else f"a {type(given).__name__}"
 
 
 def _known(value: Mapping[str, Any], kind: type, where: str) -> None:

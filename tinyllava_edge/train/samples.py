@@ -103,11 +103,8 @@ def answer(model: TinyLlava, tokenizer: Any, template: Template, prompt: Prompt)
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template.end_of_turn or tokenizer.eos_token)}
     half = any(p.dtype is torch.bfloat16 for p in model.parameters())  # frozen weights of a bf16 stage
     with undisturbed(model), torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-        features = prompt.pixels.get("image_features")
-        if "pixel_values" in prompt.pixels:
-            features = model.tower_features(prompt.pixels["pixel_values"].to(model.device))
-        elif features is not None:
-            features = features.to(model.device)
+        pixels = prompt.pixels.get("pixel_values")
+        features = None if pixels is None else model.tower_features(pixels.to(model.device))
         ids = torch.tensor([prompt.ids], device=model.device)
         embeds = model.embed(ids, features)  # (1, n, h)
         found = model.generate(

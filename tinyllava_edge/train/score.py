@@ -47,12 +47,15 @@ def score(
     images: Path | Sequence[Path],
     *,
     max_turns: int = 16,
+    max_bad: int | float = 0,
     cache_bytes: int = CACHE_BYTES,
     cache: Path | None = None,
 ) -> Score:
     """Score the checkpoint's model in float32 on LLaVA JSON; `cache` as `prepare`. Raises DataError as `train` does."""
     packed = replace(stage, max_turns=max_turns, pack_length=0)
-    prepared = prepare(checkpoint, packed, data, images, cache_bytes=cache_bytes, cache=cache)
+    prepared = prepare(
+        checkpoint, packed, data, images, max_bad=max_bad, cache_bytes=cache_bytes, cache=cache, alone=True
+    )
     was_training = checkpoint.model.training
     objective = Objective(checkpoint.model).eval()
     order = np.argsort(-prepared.packs.lengths, kind="stable").tolist()

@@ -18,11 +18,6 @@ from ..errors import DataError, ImageError
 from ..files import sha256_file
 
 
-def picture_names(row: Row) -> tuple[str, ...]:
-    """Names of a row's pictures, in order."""
-    return row.images
-
-
 @dataclass(frozen=True)
 class Source:
     """Data sets with the stores of their pictures."""

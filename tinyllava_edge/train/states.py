@@ -67,7 +67,9 @@ class Saved:
     def __init__(self, state: Path) -> None:
         self.state = state
         self.files: dict[str, Any] = {}
-        for path in sorted([*state.glob("model*.safetensors"), *state.glob("moments*.safetensors")]):
+        whole = read_json(state / WHOLE)
+        listed = whole.get("files", {}) if isinstance(whole, dict) else [path.name for path in state.iterdir()]
+        for path in sorted(state / name for name in listed if name.endswith(".safetensors")):
             handle = safe_open(path, framework="pt", device="cpu")
             self.files |= dict.fromkeys(handle.keys(), handle)
 
@@ -127,11 +129,11 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         with storage_errors(target):
             yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
         if is_full(target):
             raise no_space(target) from error
         raise StorageError(
-            f"{target}: can't be written ({error})",
+            error.message if isinstance(error, StorageError) else f"{target}: can't be written ({error})",
             f"make room in {target.parent}, then run the same command again: it goes on from the state before",
         ) from error
 
@@ -191,5 +193,5 @@ def read_json(path: Path) -> Any:
     """JSON of a file, or None if it can't be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

@@ -8,7 +8,6 @@ States are saved in `{out}.work` while it trains; the same call goes on from the
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -27,14 +26,16 @@ from ..errors import StorageError, TinyLlavaEdgeError, UsageError
 from ..files import sha256_tree
 from . import adapters
 from .backbones import init_checkpoint
-from .dataset import StageData, prepare
+from .dataset import StageData, check_rows, prepare
 from .engine import StageTrainer, arguments, newest_state
 from .engines import Engine
 from .faults import AGAIN, explained
+from .launch import is_first
 from .monitor import USUAL, Monitor, attach
 from .objective import Objective, attention_of
 from .parts import adapts, count_parts, freeze, halve_frozen, modes
 from .pictures import CACHE_BYTES
+from .places import adapter_directory, cache_directory, check_places, claimed, tidy, work_directory
 from .progress import Interrupted, Meter, Watch
 from .recipes import StageRecipe
 from .record import TrainResult, read_record
@@ -47,21 +48,6 @@ from .throughput import Throughput
 __all__ = ["TrainResult", "init_checkpoint", "train", "work_directory"]
 
 LAST = 20  # steps that the final loss is the mean of
-
-
-def work_directory(out: Path) -> Path:
-    """Where the states of a run that will write `out` are kept until it ends."""
-    return out.parent / f"{out.name}.work"
-
-
-def cache_directory(out: Path) -> Path:
-    """Where the tokens and tower features of that run are kept until it ends, unless it is told another place."""
-    return out.parent / f"{out.name}.cache"
-
-
-def adapter_directory(out: Path) -> Path:
-    """Where a run that trains adapters keeps them, beside the checkpoint that they are merged into."""
-    return out.parent / f"{out.name}.adapter"
 
 
 def train(
@@ -114,16 +100,52 @@ def train(
         TinyLlavaEdgeError: the loss is not finite, or another process of the run died.
     """
     monitor.check()
-    work, kept = work_directory(out), adapter_directory(out)
+    files = [data] if isinstance(data, Path) else list(data)
+    folders = [images] if isinstance(images, Path) else list(images)
+    check_places(out, [*files, *folders, checkpoint, adapter, eval_data, cache])
+    with claimed(out):
+        return _train(
+            checkpoint, stage, files, folders, out, eval_data=eval_data, adapter=adapter, max_bad=max_bad,
+            resume=resume, force=force, max_seconds=max_seconds, cache=cache, cache_bytes=cache_bytes,
+            feature_dtype=feature_dtype, workers=workers, device=device, engine=engine or Engine(), progress=progress,
+            monitor=monitor,
+        )  # fmt: skip
+
+
+def _train(
+    checkpoint: Path,
+    stage: StageRecipe,
+    data: list[Path],
+    images: list[Path],
+    out: Path,
+    *,
+    eval_data: Path | None,
+    adapter: Path | None,
+    max_bad: int | float,
+    resume: bool,
+    force: bool,
+    max_seconds: float | None,
+    cache: Path | None,
+    cache_bytes: int,
+    feature_dtype: str,
+    workers: int,
+    device: str | None,
+    engine: Engine,
+    progress: bool,
+    monitor: Monitor,
+) -> TrainResult:
+    work, kept, names = work_directory(out), adapter_directory(out), tuple(map(str, data))
     source_sha256 = sha256_tree(checkpoint)
-    if out.exists() and not force and (found := _finished(out, stage, source_sha256)):
-        _clean(out)
+    if out.exists() and not force and (found := _finished(out, stage, source_sha256, names)):
+        if is_first():
+            tidy(out, cache is None)
         return found
+    if adapter is not None:
+        adapters.check_origin(adapter, checkpoint, source_sha256)
     for path in (out, kept) if adapts(stage) and not work.exists() else (out,):
         if path.exists() and not force:
             raise StorageError(f"{path} exists already", "name another place with -o, or replace it with --force")
     start = checkpoints.load(checkpoint)
-    engine = engine or Engine()
     settings = arguments(stage, work, device or ("cuda" if torch.cuda.is_available() else "cpu"), workers, engine)
     if engine.name in ("zero3", "fsdp") and any(mode.kind == "qlora" for mode in modes(stage).values()):
         raise UsageError(
@@ -140,7 +162,16 @@ def train(
         feature_dtype=feature_dtype, varlen=attention != "sdpa", say=meter.say,
         on_progress=lambda done, count: meter.show(f"{stage.name}: features of {done}/{count} pictures", done == count),
     )  # fmt: skip
-    job = {"stage": asdict(stage), "data_sha256": prepared.sha256, "source_sha256": source_sha256, "max_bad": max_bad}
+    if eval_data is not None:
+        check_rows(start, stage, eval_data, images, place, max_bad=max_bad)
+    job = {
+        "stage": asdict(stage),
+        "data_sha256": prepared.sha256,
+        "source_sha256": source_sha256,
+        "max_bad": max_bad,
+        "weights": [item.weight for item in prepared.source.sets] if prepared.source else [],
+        "feature_dtype": feature_dtype,
+    }
     if adapter is not None:
         job["adapter_sha256"] = sha256_tree(adapter)
     state = newest_state(work, job, resume, settings)
@@ -154,7 +185,10 @@ def train(
     trained = _whole(trainer, start, stage, origin, kept)
     scored = None
     if eval_data is not None and settings.should_save:
-        scored = score(trained, stage, eval_data, images, cache_bytes=cache_bytes, cache=place)
+        try:
+            scored = score(trained, stage, eval_data, images, max_bad=max_bad, cache_bytes=cache_bytes, cache=place)
+        except TinyLlavaEdgeError as error:  # hours of training are not lost for it
+            meter.say(f"{stage.name}: not scored: {error.message}")
     rates = watch.throughput.whole
     result = TrainResult(
         checkpoint=str(out),
@@ -162,7 +196,7 @@ def train(
         source_sha256=source_sha256,
         recipe=asdict(stage),
         precision="bf16" if settings.bf16 else "fp32",
-        data=tuple(str(path) for path in ([data] if isinstance(data, Path) else data)),
+        data=names,
         data_sha256=prepared.sha256,
         rows=prepared.rows,
         packs=len(prepared.packs),
@@ -184,23 +218,21 @@ def train(
     )
     if settings.should_save:
         _write(result, trained, prepared, out, force)
-        _clean(out)
+        tidy(out, cache is None)
     return result
 
 
-def _finished(out: Path, stage: StageRecipe, source_sha256: str) -> TrainResult | None:
-    """The record of this very run, if it was killed when all but the tidying was done."""
+def _finished(out: Path, stage: StageRecipe, source_sha256: str, names: tuple[str, ...]) -> TrainResult | None:
+    """The record of this very run, if it was killed when all but the tidying was done.
+
+    Of several processes the first one tidies, which the others may find done already.
+    """
     found, job = read_record(out), read_json(work_directory(out) / JOB)
-    if found is None or not isinstance(job, dict):
+    if found is None or (found.source_sha256, found.recipe, found.data) != (source_sha256, asdict(stage), names):
         return None
-    same = job.get("source_sha256") == source_sha256 == found.source_sha256
-    return found if same and job.get("stage") == asdict(stage) == found.recipe else None
-
-
-def _clean(out: Path) -> None:
-    """Remove what only a run that goes on needs."""
-    shutil.rmtree(cache_directory(out), ignore_errors=True)
-    shutil.rmtree(work_directory(out), ignore_errors=True)
+    if isinstance(job, dict):
+        return found if job.get("data_sha256") == found.data_sha256 and job.get("stage") == found.recipe else None
+    return None if is_first() else found
 
 
 def _fit(
@@ -223,7 +255,7 @@ def _fit(
     adapters.put_in(model, stage, "bf16" if settings.bf16 else "fp32")
     freeze(model, stage)
     if adapter is not None:
-        adapters.load(model, adapter)
+        adapters.load(model, adapter, stage)
     if settings.bf16 and engine.name == "ddp":  # the others have ways of their own
         halve_frozen(model)
     if stage.gradient_checkpointing:
