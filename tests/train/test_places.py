@@ -36,7 +36,7 @@ def test_what_is_read_is_not_written(suffix: str, tmp_path: Path) -> None:
     inside.write_text("[]")
     with pytest.raises(UsageError, match="is read, and"):
         check_places(out, [inside])
-    check_places(out, [tmp_path, None])  # a new directory beside the data is as usual
+    check_places(tmp_path / "other", [tmp_path, inside, None])  # a new directory beside the data is as usual
     if suffix == ".init":  # where the untrained model is kept
         check_places(out, [start_directory(out)])
     else:

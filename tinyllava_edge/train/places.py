@@ -56,9 +56,10 @@ def check_places(out: Path, inputs: Iterable[Path | None]) -> None:
         raise UsageError(f"{out} is a link", "name the place itself with -o")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is no directory", "name another place with -o")
+    given_all = [given for given in inputs if given is not None]
     for place in (out, start_directory(out), work_directory(out), cache_directory(out), adapter_directory(out)):
-        for given in inputs:
-            if given is None or given == place == start_directory(out):
+        for given in given_all:
+            if given == place == start_directory(out):
                 continue
             if given.resolve().is_relative_to(place.resolve()):
                 raise UsageError(f"{given} is read, and {place} will be written", "name another place with -o")
