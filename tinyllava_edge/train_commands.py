@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .train.recipes import Recipe
 
 
+FEATURE_TYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class Source:
     """What is trained, and how."""
@@ -171,6 +174,11 @@ def train_stage(
         out,
         [*data, *images, checkpoint, source.adapter, eval_data, cache, *source.vision, source.llm, engine["config"]],
     )
+    chosen_engine, bytes_ = choose(**engine), int(parse_memory(cache_size, "--cache-size"))
+    watched = Monitor(**{**monitor, "track": (*DEFAULT, *monitor["track"])})
+    watched.check()
+    if feature_type not in FEATURE_TYPES:
+        raise UsageError(f"--feature-type {feature_type!r}", f"known: {', '.join(FEATURE_TYPES)}")
     if checkpoint is None:
         new = source.new()
         checkpoint = start_directory(out)
@@ -189,10 +197,10 @@ def train_stage(
         max_seconds=max_seconds,
         force=force,
         cache=cache,
-        cache_bytes=int(parse_memory(cache_size, "--cache-size")),
+        cache_bytes=bytes_,
         feature_dtype=feature_type,
-        engine=choose(**engine),
-        monitor=Monitor(**{**monitor, "track": (*DEFAULT, *monitor["track"])}),
+        engine=chosen_engine,
+        monitor=watched,
     )
     return record.to_dict() if is_first() else None
 
