@@ -1,10 +1,11 @@
 """base, share, LoRA and QLoRA trained end to end at nano scale by the commands that train the 3 B models.
 
-    python benchmarks/train_family.py --work DIR [--pictures 2000] [--runs base share lora qlora] [--out FOLDER]
+    python benchmarks/train_family.py --work DIR [--pictures 2000] [--runs base share lora qlora]
+        [--out FOLDER] [--plot PNG]
 
 Data are the demo's: easy-VQA's questions and captions, and generated scenes. Stage 1 is the same for all and trained
-once. Every stage is one `tinyllava-edge train` command; one that was killed goes on when this is started again. Each
-stage is scored on all held-out easy-VQA questions of the same kind: an answer counts when greedy decoding would write
+once. Every stage is one `tinyllava-edge train` command; one that was killed goes on when this is started again. The
+last stage of each run is scored on all held-out easy-VQA questions: an answer counts when greedy decoding would write
 it. Records and curves of every stage are kept in --out, the table is printed.
 """
 
@@ -75,12 +76,34 @@ def table(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(records: dict[str, dict[str, Any]], out: Path) -> None:
+    """Loss of each stage over its steps, smoothed over 15."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, constrained_layout=True)
+    for name, record in records.items():
+        losses = record["losses"]
+        smooth = [sum(losses[max(0, k - 14) : k + 1]) / min(15, k + 1) for k in range(len(losses))]
+        axes["finetune" in name].plot(range(1, len(smooth) + 1), smooth, label=name)
+    for axis, title in zip(axes, ("captions (Eq. 1)", "answers (Eq. 3)"), strict=True):
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("nats per answer token")
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Data, stage 1, every run, table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where data and checkpoints are kept")
     parser.add_argument("--pictures", type=int, default=2000, help="easy-VQA training pictures, 4,000 at most")
     parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--plot", type=Path, help="PNG of the loss curves")
     parser.add_argument("--out", type=Path, help="folder that records and curves are copied to")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -99,6 +122,8 @@ def main() -> None:
         name: json.loads((args.work / f"{out.name}.train.json").read_text(encoding="utf-8"))
         for name, out in done.items()
     }
+    if args.plot:
+        plot(records, args.plot)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         for out in done.values():

@@ -73,7 +73,7 @@ def _changed(root: Path, source: Source) -> str | None:
     """Whether pictures changed since the store was written, or some that lacked then are there now."""
     store = TokenStore(root)
     if pictures_hash(store, source) != store.meta["pictures_sha256"]:
-        return f"{root}: pictures were changed since"
+        return f"{root}: pictures were changed since, or lie elsewhere"
     if store.meta["refused"] and store.meta["refused"] != _refused(source):
         return f"{root}: other rows are bad now"
     return None
