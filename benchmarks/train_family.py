@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +86,7 @@ def plot(records: dict[str, dict[str, Any]], out: Path) -> None:
     for name, record in records.items():
         losses = record["losses"]
         smooth = [sum(losses[max(0, k - 14) : k + 1]) / min(15, k + 1) for k in range(len(losses))]
-        axes["finetune" in name].plot(range(1, len(smooth) + 1), smooth, label=name)
+        axes[int("finetune" in name)].plot(range(1, len(smooth) + 1), smooth, label=name)
     for axis, title in zip(axes, ("captions (Eq. 1)", "answers (Eq. 3)"), strict=True):
         axis.set(title=title, xlabel="step", yscale="log")
         axis.legend(fontsize=8)
@@ -128,9 +127,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for out in done.values():
             for suffix in KEPT:
-                shutil.copyfile(args.work / f"{out.name}{suffix}", args.out / f"{out.name}{suffix}")
+                text = (args.work / f"{out.name}{suffix}").read_text(encoding="utf-8")
+                (args.out / f"{out.name}{suffix}").write_text(text.replace(f"{args.work}/", ""), encoding="utf-8")
     for command in commands:
-        print(" ".join(command), file=sys.stderr)
+        print(" ".join(command).replace(f"{args.work}/", ""), file=sys.stderr)
     print(table(records))
 
 

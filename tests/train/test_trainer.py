@@ -99,6 +99,16 @@ def test_bf16_follows_fp32(
     assert result.losses[:2] == pytest.approx(uninterrupted[0].losses[:2], rel=0.03)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler for C++ on a processor")
+def test_compiled_layers_train_the_same(tiny_checkpoint: Path, files: Files, tmp_path: Path) -> None:
+    """torch.compile with dynamic lengths; kernels of another order of sums, so 1e-4."""
+    stage = override(ANSWERS, {"epochs": 1, "max_turns": 1, "batch_size": 8})
+    plain = run(tiny_checkpoint, stage, files.qa, files, tmp_path / "plain")
+    compiled = run(tiny_checkpoint, override(stage, {"compile": True}), files.qa, files, tmp_path / "compiled")
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert set(tensors(tmp_path / "compiled")) == set(tensors(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("changes", [{"llm": "frozen"}, {"llm": "lora", "lora_rank": 8}, {"tower": "from-1"}])
 def test_frozen_weights_in_bf16_change_nothing(
     changes: dict[str, object], tiny_checkpoint: Path, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
