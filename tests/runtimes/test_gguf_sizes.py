@@ -119,7 +119,8 @@ def test_a_head_that_is_the_embedding_is_repacked_too(tmp_path: Path) -> None:
     llama = Llama(path, n_ctx=256, n_threads=1)
     found = llama.placement.repacked_mib
     llama.close()
-    assert gguf_sizes(path, api.llama_print_system_info()).repacked / MIB == pytest.approx(found, abs=0.02)
+    info = api.llama_print_system_info() if repacks(api) else b""  # not on processors with AMX
+    assert gguf_sizes(path, info).repacked / MIB == pytest.approx(found, abs=0.02)
 
 
 def test_what_is_repacked_depends_on_the_processor() -> None:

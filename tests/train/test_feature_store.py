@@ -320,11 +320,15 @@ def test_ctrl_c_keeps_what_was_done(
     start: Checkpoint, files: Files, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_fill, "BATCH", 2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr(
         feature_fill._Filler, "_show", lambda self: os.kill(os.getpid(), signal.SIGINT) if sum(computed) == 6 else None
     )
-    with pytest.raises(KeyboardInterrupt):
-        prepare(start, ANSWERS, files.qa, files.images, cache=tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(start, ANSWERS, files.qa, files.images, cache=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     monkeypatch.undo()
     whole = (store_of(tmp_path) / INDEX).stat().st_size // ENTRY.size
     counts: list[tuple[int, int]] = []
