@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,16 @@ def adapter_size(model: TinyLlava, stage: StageRecipe, part: str) -> int:
     """Parameters of a part's adapters: rank x (inputs + outputs) for each linear layer."""
     linear = [module for name, module in adapted(model, stage).items() if part_of(name) == part]
     return sum(stage.lora_rank * (module.in_features + module.out_features) for module in linear)
+
+
+def recompute(model: TinyLlava, on: bool) -> None:
+    """Gradient checkpointing, under the name that transformers knows it by from 5 to 6."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
 
 
 def count_parts(model: TinyLlava, stage: StageRecipe) -> dict[str, dict[str, int]]:

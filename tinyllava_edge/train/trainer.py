@@ -33,7 +33,7 @@ from .faults import AGAIN, explained
 from .launch import is_first
 from .monitor import USUAL, Monitor, attach
 from .objective import Objective, attention_of
-from .parts import adapts, count_parts, freeze, halve_frozen, modes
+from .parts import adapts, count_parts, freeze, halve_frozen, modes, recompute
 from .pictures import CACHE_BYTES
 from .places import adapter_directory, cache_directory, check_places, claimed, tidy, work_directory
 from .progress import Interrupted, Meter, Watch
@@ -259,7 +259,7 @@ def _fit(
     if settings.bf16 and engine.name == "ddp":  # the others have ways of their own
         halve_frozen(model)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(model, True)
     if stage.compile:
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=True)
@@ -319,7 +319,7 @@ def _write(result: TrainResult, trained: checkpoints.Checkpoint, prepared: Stage
     """What is said about the checkpoint, beside it, then the checkpoint: a run is over when that is there."""
     model = trained.model.cpu().eval()
     if result.recipe["gradient_checkpointing"]:
-        model.gradient_checkpointing_disable()
+        recompute(model, False)
     model.requires_grad_(True)
     if prepared.bad:
         write_bad_rows(out.parent / f"{out.name}.{BAD_ROWS_FILE}", prepared.bad)
