@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -56,3 +57,24 @@ def test_a_page_without_marks_is_not_written(monkeypatch: pytest.MonkeyPatch) ->
         publish.between(Path("README.md"), "no marks", "figures", "text")
     page = f"a\n{publish.BEGIN.format('x')}\nold\n{publish.END.format('x')}\nb\n"
     assert publish.between(Path("p"), page, "x", "new\n") == page.replace("old", "new")
+
+
+def test_the_tables_of_training_are_those_of_the_stored_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "benchmarks" / "TRAINING.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    found = json.loads((results / "train-throughput-nano.json").read_text(encoding="utf-8"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # dataclasses look their module up
+    assert importlib.import_module("train_throughput").table(found) in page
+    files = {
+        "all pretrain": "stage-1",
+        "base finetune": "base-finetune",
+        "share share-pretrain": "share-share-pretrain",
+        "share finetune": "share-finetune",
+        "lora finetune": "lora-finetune",
+        "qlora finetune": "qlora-finetune",
+    }
+    records = {
+        name: json.loads((results / "training-nano" / f"{file}.train.json").read_text(encoding="utf-8"))
+        for name, file in files.items()
+    }
+    assert importlib.import_module("train_family").table(records) in page
