@@ -19,20 +19,21 @@ from transformers import AutoConfig
 
 from tinyllava_edge import checkpoint as checkpoints
 from tinyllava_edge.errors import DataError, UsageError
-from tinyllava_edge.model import build_model
-from tinyllava_edge.spec import LLM_BACKBONES, VARIANTS, VISION_BACKBONES, model_spec
+from tinyllava_edge.model import TinyLlava, build_model
+from tinyllava_edge.spec import LLM_BACKBONES, VARIANTS, VISION_BACKBONES, ModelSpec, model_spec
 from tinyllava_edge.towers import MOF_TYPE
 from tinyllava_edge.train import memory_plan
 from tinyllava_edge.train.adapters import put_in
 from tinyllava_edge.train.collate import Encoded, Pack
 from tinyllava_edge.train.dataset import StageData, prepare
 from tinyllava_edge.train.memory_plan import ENGINES, Counts, Stack, estimate
+from tinyllava_edge.train.new_model import new_model
 from tinyllava_edge.train.objective import Objective
 from tinyllava_edge.train.parts import freeze
 from tinyllava_edge.train.plan import Machine, Plan, count_steps, make_plan
 from tinyllava_edge.train.plan_data import Lengths
 from tinyllava_edge.train.plan_shape import model_shape, sequence_flop, tower_flop
-from tinyllava_edge.train.plan_source import checkpoint_model, data_lengths, plan_tokenizer, variant_model
+from tinyllava_edge.train.plan_source import checkpoint_model, data_lengths, plan_tokenizer
 from tinyllava_edge.train.plan_text import parse_memory, plan_lines
 from tinyllava_edge.train.recipes import PRESETS, load, override
 
@@ -43,6 +44,11 @@ SHARE = "TinyLLaVA-share-Sig-Phi"
 PUBLISHED = {"TL": 1_100_048_384, "SLM": 1_644_417_024, "Phi": 2_779_683_840, "C": 303_507_456, "Sig": 428_225_600}
 # The released TinyLLaVA-3.1B is 12.74 GB of float32, without the tower's last layer and pooling head.
 RELEASED_3_1B = 12.74e9 / 4
+
+
+def variant_model(name: str) -> tuple[TinyLlava, ModelSpec]:
+    made = new_model(name)
+    return made.without_weights(), made.spec
 
 
 def plan(name: str = SHARE, recipe: str = "share", machine: Machine | None = None, **options: object) -> Plan:

@@ -54,8 +54,6 @@ class Objective(nn.Module):
         if pixel_values is not None:
             image_features = self._features(pixel_values)  # V = tower(X)             (i, p, v)
         embeds = self.model.embed(input_ids, image_features)  # text and P(V)         (b, n, h)
-        if image_features is None and torch.distributed.is_initialized():
-            embeds = embeds + 0.0 * self._unused_connector()
         hidden = self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **lengths
         ).last_hidden_state  # (b, n, h)
@@ -95,15 +93,6 @@ class Objective(nn.Module):
     def trainable(self) -> dict[str, torch.Tensor]:
         """Name → parameter of what the stage trains."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _unused_connector(self) -> torch.Tensor:
-        """A scalar that depends on the connector: on several devices each must give every trained tensor a gradient."""
-        parameters = list(self.model.model.multi_modal_projector.parameters())  # none of an identity
-        return (
-            torch.stack([p.sum() for p in parameters]).sum()
-            if parameters
-            else torch.zeros((), device=self.model.device)
-        )
 
     def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tuned = any(p.requires_grad for p in self.model.model.vision_tower.parameters())

@@ -11,22 +11,14 @@ import torch
 from .. import checkpoint as checkpoints
 from ..checkpoint_spec import load_spec
 from ..errors import CheckpointError
-from ..model import TinyLlava, build_model
+from ..model import TinyLlava
 from ..prompt import IMAGE_MARKER, get_template
-from ..spec import LLM_BACKBONES, VISION_BACKBONES, ModelSpec, model_spec, variant
+from ..spec import LLM_BACKBONES, ModelSpec, variant
 from ..tokenizer_files import fast_tokenizer
 from .plan_data import Lengths, measure
 from .recipes import StageRecipe
 
 PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def variant_model(name: str) -> tuple[TinyLlava, ModelSpec]:
-    """A variant's architecture on the meta device. Raises UsageError for an unknown name."""
-    chosen, spec = variant(name), model_spec(name)
-    vision, llm = VISION_BACKBONES[chosen.vision], LLM_BACKBONES[chosen.llm]
-    with torch.device("meta"):
-        return build_model(spec, vision.config, llm.config, int(llm.config["vocab_size"]) - 1), spec
 
 
 def checkpoint_model(root: Path) -> tuple[TinyLlava, ModelSpec]:
