@@ -129,3 +129,17 @@ def test_a_mixture_keeps_the_weights_and_the_sets_apart(start: Checkpoint, files
         assert sorted(k for k in order if k >= 20) == sorted([*range(20, 28)] * 2)
         drawn += [k for k in order if k < 20]
     assert sorted(drawn) == list(range(20))  # halves of two epochs are the whole set
+
+
+def test_a_folder_with_links_in_a_circle_and_to_nowhere(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((files.images / "0.png").read_bytes())
+    (folder / "a.txt").write_text("a red square")
+    source = open_source(folder, [], tmp_path / "index")
+    before = source.fingerprint()
+    (folder / "again").symlink_to(folder)
+    (folder / "README").symlink_to(folder / "nowhere")
+    assert source.fingerprint() == before
+    (folder / "a.txt").write_text("a red square.")
+    assert source.fingerprint() != before

@@ -89,10 +89,15 @@ def _of(path: Path) -> str:
     try:
         if path.is_dir():
             digest = hashlib.sha256()
+            seen: set[str] = set()  # a link may lead in a circle
             for folder, folders, names in os.walk(path, followlinks=True):
-                folders.sort()
+                seen.add(os.path.realpath(folder))
+                folders[:] = sorted(n for n in folders if os.path.realpath(os.path.join(folder, n)) not in seen)
                 for name in sorted(names):
-                    facts = (Path(folder) / name).stat()
+                    try:
+                        facts = (Path(folder) / name).stat()
+                    except OSError:  # a link to nowhere; if a row needs it, the row says so
+                        continue
                     relative = os.path.relpath(os.path.join(folder, name), path)
                     digest.update(f"{relative}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode("utf-8", "replace"))
             return digest.hexdigest()
