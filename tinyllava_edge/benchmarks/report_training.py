@@ -105,6 +105,9 @@ def _part(name: str) -> Any:
         if not part["trainable"]:
             return f"frozen ({_count(part['parameters'])})" if part["parameters"] else NONE
         trained, whole = _count(part["trainable"]), _count(part["parameters"])
+        mode = record["recipe"].get(name)
+        if mode in ("lora", "qlora"):
+            return f"{mode}: {trained} beside {whole}"
         return f"trained ({whole})" if trained == whole else f"{trained} of {whole} trained"
 
     return text
