@@ -29,6 +29,7 @@ from .collate import Pack, arrange, collate
 from .encode import Encoder
 from .feature_fill import stored_features
 from .feature_store import DTYPES
+from .launch import place_in_run
 from .pictures import CACHE_BYTES, Pictures, StoredPixels
 from .recipes import StageRecipe
 from .sampler import PackSampler
@@ -36,7 +37,7 @@ from .source import Source, open_source
 from .token_build import token_store
 from .token_store import BadRows, Packs, TokenStore
 
-__all__ = ["PackSampler", "StageData", "prepare", "processes"]
+__all__ = ["PackSampler", "StageData", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def prepare(
                 place,
                 cache_bytes=cache_bytes,
                 dtype=feature_dtype,
-                share=(0, 1) if temporary or alone else processes(),  # nobody else sees a temporary directory
+                share=(0, 1) if temporary or alone else place_in_run(),  # nobody else sees a temporary directory
                 on_progress=on_progress,
                 say=say,
             )
@@ -203,11 +204,6 @@ def _encoder(checkpoint: Checkpoint, stage: StageRecipe) -> Encoder:
     template = get_template(spec.template if stage.template == "model" else stage.template)
     limit = min(stage.max_length or spec.max_length, spec.max_length)
     return Encoder(checkpoint.tokenizer, template, spec.visual_tokens, limit)
-
-
-def processes() -> tuple[int, int]:
-    """Number of this process and of all in the run, as torchrun and accelerate set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _tower_is_frozen(stage: StageRecipe) -> bool:

@@ -22,7 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ..errors import StorageError, UsageError
 from .dataset import PackSampler, StageData
 from .deal import DealtData
-from .engines import Engine, check_launch, processes
+from .engines import Engine, check_launch
+from .launch import place_in_run
 from .objective import Objective
 from .progress import Watch
 from .recipes import StageRecipe
@@ -46,7 +47,7 @@ def arguments(
     """
     engine = engine or Engine()
     check_launch(engine)
-    world = processes()
+    world = place_in_run()[1]
     micro = stage.micro_batch or max(1, stage.batch_size // world)
     if stage.batch_size % (micro * world):
         raise UsageError(

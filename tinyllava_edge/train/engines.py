@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DependencyError, UsageError
+from .launch import place_in_run
 
 LAUNCH = "torchrun --nproc-per-node N -m tinyllava_edge train …"
 # Launchers' own switches: they would wrap the model a second time.
@@ -135,12 +136,6 @@ def _own(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def processes() -> int:
-    """Processes that a launcher started; 1 without one."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdigit() and int(text) else 1
-
-
 def check_launch(engine: Engine) -> None:
     """Raises UsageError where the launcher and the engine don't fit together."""
     switched = [name for name in SWITCHES if os.environ.get(name, "").lower() in ("1", "true")]
@@ -149,5 +144,5 @@ def check_launch(engine: Engine) -> None:
             f"{switched[0]} is set by the launcher's configuration",
             "choose the engine with --engine, and launch with torchrun or train/accelerate/*.yaml",
         )
-    if engine.name == "fsdp" and processes() == 1:
+    if engine.name == "fsdp" and place_in_run()[1] == 1:
         raise UsageError("engine fsdp divides over several processes, and this is one", LAUNCH)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import storage_errors
+from .locks import alone
+
+
+def place_in_run() -> tuple[int, int]:
+    """Number of this process and of all in the run, as torchrun and accelerate set them; 0 and 1 without a launcher."""
+    rank, count = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdigit() else 0, max(1, int(count)) if count.isdigit() else 1
 
 
 def is_first() -> bool:
     """Whether this is the process that prints and writes; always without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
+    return place_in_run()[0] == 0
 
 
 def quiet_libraries() -> None:
@@ -31,10 +36,6 @@ def one_at_a_time(target: Path) -> Iterator[None]:
         StorageError: the lock beside `target` can't be written.
     """
     lock = target.parent / f".{target.name}.lock"
-    with storage_errors(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("w")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # let go when the process ends, however it ends
+    with alone(lock):
         yield
         lock.unlink(missing_ok=True)  # who waits for it finds the thing made

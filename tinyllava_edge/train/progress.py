@@ -59,12 +59,10 @@ class Watch(TrainerCallback):
         pictures: int,
         max_seconds: float | None,
         shown: bool,
-        throughput: Throughput | None = None,
-        track: Callable[[int], Trackers] | None = None,
     ) -> None:
         self.stage, self.max_seconds = stage, max_seconds
-        self.throughput = throughput or Throughput(None, None, None, pictures)
-        self.track = track  # opens the trackers for a run that goes on from a step
+        self.throughput = Throughput(None, None, None, pictures)
+        self.track: Callable[[int], Trackers] | None = None  # opens the trackers for a run that goes on from a step
         self.trackers: Trackers | None = None
         self.meter = Meter(shown)
         self.reason = ""  # "", "interrupt", "time" or "loss"
