@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tinyllava_edge import terminal
+
 PROGRAM = [sys.executable, "-m", "tinyllava_edge.cli"]
 BUILD = ["--build", "fp32+f16", "-n", "6"]
 
@@ -145,11 +147,35 @@ def speak(process: subprocess.Popen[bytes], leader: int) -> bool:
     if not until("stopped"):
         assert process.wait(timeout=30) == 0 and "Traceback" not in seen
         return False
-    # readline may enter its select just after a signal and not see it; a person presses again, too
-    for _ in range(30):
+    # readline may enter its select just after a signal and not see it; a person presses again, too, but not while the
+    # engine is being closed
+    for _ in range(5):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=2)
+                process.wait(timeout=20)
+    until("what it said at the end")
     assert process.returncode == 0 and "Traceback" not in seen, seen
     return True
+
+
+def test_ctrl_c_just_after_an_answer_was_stopped(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pressed before the prompt is there again, it leaves the chat as it does at the prompt: no error, no exit code 1."""
+    told: list[str] = []
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if text == "stopped":
+            raise KeyboardInterrupt
+
+    def take(self: terminal.Chat, line: str) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "tell", tell)
+    monkeypatch.setattr(terminal.Chat, "take", take)
+    monkeypatch.setattr(terminal, "read_line", lambda: "tell me all")
+    try:
+        terminal.chat(tiny_bundle, [], {"build": "fp32+f16"}, {})
+    except KeyboardInterrupt:  # pytest would take it for its own
+        pytest.fail("the chat passed Ctrl-C on")
+    assert told[-1] == "stopped"

@@ -92,15 +92,21 @@ def chat(bundle: Path, images: Sequence[Path], engine: Mapping[str, Any], reques
         for path in images:
             talk.show_picture(str(path))
         tell(f"{runtime.name}, build {runtime.build}. /help lists the commands.")
-        while (line := read_line()) is not None:
-            try:
-                if not talk.take(line):
-                    return
-            except KeyboardInterrupt:
-                print(flush=True)
-                tell("stopped")
-            except TinyLlavaEdgeError as error:
-                tell(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
+        with contextlib.suppress(KeyboardInterrupt):  # pressed between two answers: as at the prompt, it leaves
+            converse(talk)
+
+
+def converse(talk: Chat) -> None:
+    """Line by line; Ctrl-C inside an answer stops that one only."""
+    while (line := read_line()) is not None:
+        try:
+            if not talk.take(line):
+                return
+        except KeyboardInterrupt:
+            print(flush=True)
+            tell("stopped")
+        except TinyLlavaEdgeError as error:
+            tell(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""))
 
 
 class Chat:
