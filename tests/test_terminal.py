@@ -160,7 +160,7 @@ def speak(process: subprocess.Popen[bytes], leader: int) -> bool:
 
 
 def test_ctrl_c_just_after_an_answer_was_stopped(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pressed before the prompt is there again, it leaves the chat as it does at the prompt: no error, no exit code 1."""
+    """Pressed before the prompt is there again, it leaves the chat as at the prompt: no error, no exit code 1."""
     told: list[str] = []
 
     def tell(text: str) -> None:
