@@ -159,3 +159,22 @@ def test_devices_are_those_of_the_system() -> None:
     for name in ("/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"):
         with pytest.raises(StorageError, match="no regular file"):
             files.end_of_links(Path(name))
+
+
+def test_force_replaces_only_its_own_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that holds something else stays, and so does the one you stand in."""
+    thesis, own, empty = tmp_path / "thesis", tmp_path / "own", tmp_path / "empty"
+    for folder in (thesis, own, empty):
+        folder.mkdir()
+    (thesis / "thesis.tex").write_text("years")
+    (own / "bundle.json").write_text("{}")
+    with pytest.raises(StorageError, match="something else"), new_directory(thesis, force=True, ours="bundle.json"):
+        raise AssertionError("not reached")
+    assert (thesis / "thesis.tex").read_text() == "years"
+    for folder in (own, empty):
+        with new_directory(folder, force=True, ours="bundle.json") as temporary:
+            (temporary / "bundle.json").write_text("new")
+        assert (folder / "bundle.json").read_text() == "new"
+    monkeypatch.chdir(own)
+    with pytest.raises(StorageError, match="you are in"), new_directory(Path("."), force=True):
+        raise AssertionError("not reached")

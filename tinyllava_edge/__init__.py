@@ -1,6 +1,10 @@
 """Train a TinyLLaVA, turn it into files that run on a device, and prove what each step cost."""
 
+import os
 from typing import Any
+
+# ONNX Runtime's wheels gather usage data unless this is set before they are imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

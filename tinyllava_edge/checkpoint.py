@@ -65,7 +65,7 @@ class Checkpoint:
 
 def save(model: TinyLlava, tokenizer: Any, spec: ModelSpec, out: Path, *, force: bool = False) -> None:
     """Write a checkpoint directory, whole or not at all. Raises StorageError if `out` exists and `force` is off."""
-    with new_directory(out, force=force) as temporary:
+    with new_directory(out, force=force, ours="config.json") as temporary:
         with quiet(), contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's import, if it is installed, talks
             model.save_pretrained(temporary, safe_serialization=True)
         config = read_json(temporary / "config.json")

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,15 +82,22 @@ def storage_errors(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, *, force: bool = False, ours: str = "") -> Iterator[Path]:
     """A directory to fill that becomes `target` when the block ends well, and vanishes when it doesn't.
 
+    Args:
+        target: where it goes.
+        force: replace what stands there.
+        ours: see check_forced.
+
     Raises:
-        StorageError: `target` exists and `force` is off, or the disk is full.
+        StorageError: `target` exists and `force` is off, or what check_forced raises, or the disk is full.
     """
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
+        if force:
+            check_forced(target, ours)
         if target.exists() and not force:
             raise StorageError(f"{target} exists already", "name another place with -o, or replace it with --force")
         temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
@@ -112,6 +120,47 @@ def new_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory for what is needed for a while, removed at the end.
+
+    Raises:
+        StorageError: the disk that holds such files is full.
+    """
+    with tempfile.TemporaryDirectory(prefix="tinyllava-edge-") as name:
+        folder = Path(name)
+        try:
+            yield folder
+        except Exception as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or is_full(folder, _FULL):
+                raise StorageError(
+                    f"{folder}: no space left for temporary files",
+                    "free some space there, or set TMPDIR to another disk",
+                ) from error
+            raise
+
+
+def check_forced(target: Path, ours: str) -> None:
+    """Refuse to replace what isn't known to be the command's own.
+
+    Args:
+        target: what `--force` would replace.
+        ours: a file that every directory of this kind holds; "" lets any directory go.
+
+    Raises:
+        StorageError: `target` is the working directory, or is neither empty nor holds that file.
+    """
+    if not target.exists():
+        return
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise StorageError(f"{target}: is the directory you are in", "name another place with -o")
+    if ours and (not target.is_dir() or any(target.iterdir())) and not (target / ours).is_file():
+        raise StorageError(
+            f"{target}: holds something else (no {ours} in it), which --force does not replace",
+            "name another place with -o, or remove it by hand",
+        )
 
 
 def _open_up(folder: Path) -> None:

@@ -19,7 +19,7 @@ from .benchmarks.model_card import model_card_section
 from .benchmarks.report_tables import cell
 from .benchmarks.results import Sample, read_results
 from .benchmarks.summary import BuildSummary, summarise
-from .bundle import MANIFEST, STAMP, Bundle, read_bundle
+from .bundle import MANIFEST, STAMP, WEB, Build, Bundle, WebBuild, read_bundle
 from .checkpoint_spec import SPEC_FILE, load_spec
 from .errors import BundleError, DataError, StorageError, UsageError
 from .files import new_directory, write_text
@@ -88,7 +88,7 @@ def write_hf_layout(
         front = _front(licence, library, base_model, "finetune", ())
     else:
         raise UsageError(f"{source}: neither a bundle nor a checkpoint", f"it needs {MANIFEST} or {SPEC_FILE}")
-    with new_directory(out, force=force) as temporary:
+    with new_directory(out, force=force, ours=CARD) as temporary:
         for name in names:
             _copy(source / name, temporary / name)
         write_text(temporary / CARD, f"{front}\n{body}")
@@ -184,7 +184,8 @@ def _bundle_card(bundle: Bundle, samples: Sequence[Sample]) -> str:
     measured, reference = {found.build: found for found in summary.builds}, summary.reference
     builds = bundle.builds()
     stamps = bundle.verified_builds()
-    rows = [_row(name, build.bytes, measured.get(name), stamps.get(name)) for name, build in builds.items()]
+    of_both: dict[str, Build | WebBuild] = {**builds, **bundle.web_builds()}
+    rows = [_row(name, build.bytes, measured.get(name), stamps.get(name)) for name, build in of_both.items()]
     if reference is not None:
         rows.append(_row(f"reference ({reference.build})", None, reference, None))
     first = next(iter(builds.values()))
@@ -194,7 +195,8 @@ def _bundle_card(bundle: Bundle, samples: Sequence[Sample]) -> str:
         _what(spec),
         "Files for devices: ONNX for the picture, GGUF for the language model. Nothing is fetched to run them.",
         "## Builds",
-        "A build is a vision precision and a language-model type.",
+        "A build is a vision precision and a language-model type"
+        + (f"; a name that begins with `{WEB}` is a browser's." if bundle.web_builds() else "."),
         _table(("build", "size, MB", "accuracy", "first token, ms", "peak memory, MB", "verified"), rows),
         model_card_section(summary) or "Nothing was measured.",
         "## Parity with the checkpoint",

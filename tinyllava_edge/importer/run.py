@@ -120,7 +120,7 @@ def import_checkpoint(
     expected = checkpoints.shapes(model)
     hint = "name the language model's or the tower's own configuration with --llm or --vision"
     checkpoints.check_tensors(source, {key: tensor.shape for key, tensor in tensors.items()}, expected, hint)
-    with new_directory(out, force=force) as temporary:
+    with new_directory(out, force=force, ours="config.json") as temporary:
         model.config.dtype = tensors[EMBEDDING].dtype
         model.config.save_pretrained(temporary)
         ordered = [(on_disk(key, spec.vision_family), tensors[key]) for key in expected]

@@ -123,7 +123,7 @@ def save(
         **settings,
     }
     kept = {PREFIX + name.replace(NAME, ""): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with new_directory(out, force=force) as temporary:
+    with new_directory(out, force=force, ours=CONFIG) as temporary:
         save_file(kept, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, config)
         write_json(temporary / ORIGIN, dict(origin))
