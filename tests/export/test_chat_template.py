@@ -74,6 +74,34 @@ def test_markers_of_hosts_and_system_messages(content: Any) -> None:
     assert rendered(spaced, [content], "<s>", "Be brief.") == "<s> Be brief. USER: <__media__> \nwhat is it? ASSISTANT:"
 
 
+DRAWN = "<__media_Qb7xT__>"
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (f"{DRAWN}what is it?", f"{DRAWN}\nwhat is it?"),
+        (f"what is it?{DRAWN}", f"{DRAWN}\nwhat is it?"),
+        (f"{DRAWN}say <image>", f"{DRAWN}\nsay"),
+        (DRAWN, DRAWN),
+        (f"{DRAWN}{DRAWN}what?", f"{DRAWN}\n{DRAWN}\nwhat?"),
+        ([{"type": "media_marker", "text": DRAWN}, ASKED, NATIVE], f"{DRAWN}\n<__media__>\nwhat is it?"),
+        ("what is <__media", "what is <__media"),
+        ("<__media>what is it?", "<__media>what is it?"),
+    ],
+)
+def test_marker_that_llama_server_draws(content: Any, wanted: str) -> None:
+    """It is joined to the words without a newline, and there is one for each picture."""
+    text = rendered(chat_template(TEMPLATES["llama"], "<s>"), [content], "<s>", "Be brief.")
+    assert text == f"<s>Be brief. USER: {wanted} ASSISTANT:"
+
+
+def test_several_pictures_as_the_prompt_has_them() -> None:
+    template = TEMPLATES["llama"]
+    wanted = render(build([Turn("what is it?", images=2)], template), template)
+    assert rendered(chat_template(template, ""), [[PICTURE, PICTURE, ASKED]]) == wanted
+
+
 def test_spaces_where_a_chunk_starts() -> None:
     """In front of everything and behind a picture, not behind an end-of-turn mark."""
     template = TEMPLATES["llama"]

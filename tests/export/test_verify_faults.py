@@ -278,6 +278,13 @@ def spell_the_bos_out(root: Path, _: Path) -> None:
     edit_gguf(root / LLM, chat_template=text.replace("{{ bos_token }}", "{{ '<s>' }}"))
 
 
+def know_one_marker_only(root: Path, _: Path) -> None:
+    """llama-server draws its own; left where it stands, no newline follows the picture."""
+    text = template_of(root / LLM)
+    assert 'OPEN = "<__media"' in text
+    edit_gguf(root / LLM, chat_template=text.replace('OPEN = "<__media"', 'OPEN = "<__media__>"'))
+
+
 def give_the_bos_twice(root: Path, _: Path) -> None:
     """Two in a row: no host takes both off."""
     text = template_of(root / LLM)
@@ -288,6 +295,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
     "post_norm_left_in": ("image_features", "reference", leave_the_post_norm_in),
     "bgr": ("pixels", "own", read_as_bgr),
     "wrong_template_space": ("prompt_ids", "template", end_with_a_space),
+    "marker_of_llama_server": ("prompt_ids", "template", know_one_marker_only),
     "bos_twice": ("prompt_ids", "template", give_the_bos_twice),
     "bos_twice_in_some_hosts": ("prompt_ids", "template", spell_the_bos_out),
     "one_corrupted_block_of_the_tower": ("image_features", "reference", damage_the_vision_file),

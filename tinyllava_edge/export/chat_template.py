@@ -10,8 +10,10 @@ import json
 
 from ..prompt import IMAGE_MARKER, Template
 
-# llama.cpp's programs mark the picture's place themselves, in a part of type `media_marker` or in the string.
+# llama.cpp's programs mark the picture's place themselves, in a part of type `media_marker` or, joined to the words
+# without a newline, in the string. llama-server draws a marker of its own at each start, `<__media_Xy3__>`.
 NATIVE_MARKER = "<__media__>"
+NATIVE_START, NATIVE_END = "<__media", "__>"
 
 _BODY = """\
 {%- if messages and messages[0]['role'] != 'system' -%}{{ SPACE + SYSTEM + ' ' }}{%- endif -%}
@@ -22,8 +24,10 @@ _BODY = """\
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'text' -%}{%- set turn.text = turn.text + part['text'] -%}
-{%- elif part['type'] == 'media_marker' -%}{%- set turn.image = turn.image + part['text'] -%}
-{%- else -%}{%- set turn.image = turn.image + IMAGE -%}{%- endif -%}
+{%- else -%}
+{%- set marker = part['text'] if part['type'] == 'media_marker' else IMAGE -%}
+{%- set turn.image = turn.image + ('\\n' if turn.image else '') + marker + SPACE -%}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- if message['role'] == 'system' -%}
@@ -31,26 +35,38 @@ _BODY = """\
 {%- elif message['role'] == 'assistant' -%}
 {{ ' ' + turn.text + END }}
 {%- else -%}
-{%- for marker in [IMAGE, NATIVE] -%}
+{%- set pieces = turn.text.split(OPEN) -%}
+{%- set native = (OPEN + pieces[1].split(CLOSE)[0] + CLOSE) if pieces | length > 1 else IMAGE -%}
+{%- for marker in [native, IMAGE] -%}
 {%- if marker in turn.text -%}
+{%- if not turn.image -%}
+{%- for piece in turn.text.split(marker) -%}
+{%- if not loop.first and not (marker == IMAGE and turn.image) -%}
+{%- set turn.image = turn.image + ('\\n' if turn.image else '') + marker + SPACE -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
 {%- set turn.text = turn.text.replace(marker, '') -%}
-{%- if not turn.image -%}{%- set turn.image = marker -%}{%- endif -%}
 {%- endif -%}
 {%- endfor -%}
 {%- set turn.text = turn.text.strip() -%}
-{%- if turn.image -%}
-{%- set turn.image = turn.image + SPACE + ('\\n' if turn.text else '') -%}
-{%- endif -%}
-{{ 'USER: ' + turn.image + turn.text + ' ASSISTANT:' }}
+{{ 'USER: ' + turn.image + ('\\n' if turn.image and turn.text else '') + turn.text + ' ASSISTANT:' }}
 {%- endif -%}
 {%- endfor -%}
 """
 
 
+def _set(name: str, text: str) -> str:
+    return f"{{%- set {name} = {json.dumps(text)} -%}}"
+
+
+FIRST_SPACE = _set("SPACE", " ")  # in every template made with `first_space`, in no other
+
+
 def chat_template(template: Template, bos: str, *, first_space: bool = False) -> str:
     """Jinja source of a template.
 
-    Content may be a string or a list of parts; pictures go to the front of their turn and a newline follows them.
+    Content may be a string or a list of parts; pictures go to the front of their turn and a newline follows each.
 
     Args:
         template: not one for captions only.
@@ -63,10 +79,11 @@ def chat_template(template: Template, bos: str, *, first_space: bool = False) ->
         "SYSTEM": template.system,
         "END": template.end_of_turn,
         "IMAGE": IMAGE_MARKER,
-        "NATIVE": NATIVE_MARKER,
+        "OPEN": NATIVE_START,
+        "CLOSE": NATIVE_END,
         "SPACE": " " if first_space else "",
     }
-    head = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in names.items())
+    head = "".join(_set(name, text) for name, text in names.items())
     # the host's own value: one whose tokenizer adds the token renders an empty text, and would else have it twice
     start = "{{ bos_token }}" if bos else ""
     return head + start + _BODY

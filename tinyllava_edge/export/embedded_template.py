@@ -17,11 +17,12 @@ from ..errors import EngineError
 from ..prompt import IMAGE_MARKER
 from ..runtimes.base import IMAGE_PLACE
 from ..runtimes.headers import check_gguf
-from .chat_template import NATIVE_MARKER
+from .chat_template import NATIVE_END, NATIVE_MARKER, NATIVE_START
 from .native_log import captured
 from .render_chat import render
 
 KEY = "tokenizer.chat_template"
+_DRAWN = f"{NATIVE_START}_Xy3{NATIVE_END}"  # llama-server's marker is another one at each start
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def _contents(question: str) -> dict[str, Any]:
     asked = {"type": "text", "text": question}
     return {
         "string": f"{NATIVE_MARKER}\n{question}",
+        "string of llama-server": f"{_DRAWN}{question}",
         "image part": [{"type": "image"}, asked],
         "marker part": [asked, {"type": "media_marker", "text": NATIVE_MARKER}],
     }
@@ -121,7 +123,9 @@ class HostPrompts:
         if host.strips_bos and adds and bos:
             text = text.removeprefix(bos)
         ids = [self._bos] if adds and self._bos is not None else []
-        for number, piece in enumerate(text.replace(NATIVE_MARKER, IMAGE_MARKER).split(IMAGE_MARKER)):
+        for marker in (NATIVE_MARKER, _DRAWN):
+            text = text.replace(marker, IMAGE_MARKER)
+        for number, piece in enumerate(text.split(IMAGE_MARKER)):
             ids += [IMAGE_PLACE] * (number > 0) + self._tokenize(piece, special=True)
         return tuple(ids)
 
