@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format docs web web-packages web-build clean
+.PHONY: demo test check format docs web web-packages web-build native clean
 
 demo: $(READY)  ## the whole road on the embedded default; ends by naming demo/report.html
 	$(BIN)/tinyllava-edge demo
@@ -34,6 +34,9 @@ web-packages:
 web-build:
 	cd runtimes/web && npm run build
 
+native:  ## llama.cpp's llama-server and llama-mtmd-cli for arm64, in build/arm64/llama; needs Debian's cross compilers
+	PYTHON=$(PYTHON) runtimes/native/build.sh
+
 # torch first: with it in place no other package can pull another build of it.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,5 +45,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+.PHONY: arm64
+arm64: $(READY)  ## the edge runtime on arm64, under qemu; asks apt, pip and Debian's cross compilers for what it needs
+	PYTHON=$(PYTHON) runtimes/native/build.sh
+	PYTHON=$(PYTHON) runtimes/native/arm64-root.sh
+	$(BIN)/python -m pytest tests/arm64
+
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache runtimes/web/node_modules runtimes/web/dist
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache runtimes/web/node_modules runtimes/web/dist build
