@@ -90,6 +90,10 @@ def test_doctor_says_when_both_onnxruntimes_are_installed() -> None:
         (["info", "nowhere"], 2, "neither a bundle"),
         (["info", "--variants", "x"], 2, "takes no path"),
         (["export", "nowhere", "-o", "out"], 1, "no such directory"),
+        (["export", "nowhere", "-o", "out", "--profile", "phone-arm64"], 1, "no such directory"),
+        (["export", "nowhere", "-o", "out", "--profile", "phone"], 2, "unknown profile 'phone'"),
+        (["export", "nowhere", "-o", "out", "--profile", "mine.toml"], 2, "mine.toml: can't be read"),
+        (["export", "nowhere", "-o", "out", "--llm", ""], 2, "--llm names no type"),
         (["report", "nowhere.jsonl"], 1, "nowhere.jsonl"),
         (["report", "nowhere.jsonl", "-o", "report.md"], 2, "no HTML"),
         (["train", "-o", "x", "--data", "d", "--images", "i", "--variant", "typo"], 2, "typo"),
@@ -103,6 +107,14 @@ def test_errors_are_short_and_have_codes(arguments: list[str], code: int, words:
     assert words in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_teaches_its_profiles_and_shows_its_defaults() -> None:
+    from tinyllava_edge.export.profiles import PRESETS
+
+    text = "".join(call("export", "--help").stdout.split())  # names are broken at the margin
+    assert all(name in text for name in PRESETS)
+    assert "[default:(f16,q8_0,q4_k_m)]" in text and "[default:(fp32,int8)]" in text
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_same_result_as_our_own_command(tiny_checkpoint: Path, tmp_path: Path) -
     ("arguments", "code", "words"),
     [
         (["--llm", "q9", "--model"], 2, "unknown LLM type 'q9'"),
+        (["--profile", "phone", "--model"], 2, "unknown profile 'phone'"),
         (["--max-shard-size", "big", "--model"], 2, "'big' is no size"),
         (["--tensor-types", "ffn_down", "--model"], 2, "PATTERN=TYPE"),
         (["--model"], 1, "no such directory"),
@@ -93,14 +94,17 @@ def test_options_from_flags() -> None:
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
     assert read_options(vars(parser.parse_args([]))) == ExportOptions()
-    typed = "--llm q4_0, --vision w4,w8 --mmproj f16 --web q4 --static --max-shard-size 2G --imatrix i.gguf --force"
+    typed = "--profile phone-arm64 --llm q4_0, --vision w4,w8 --mmproj f16 --web q4 --mobile ort --static"
+    typed += " --max-shard-size 2G --imatrix i.gguf --force"
     more = ["--tensor-types", "a=q6_k,b=c=f16", "--clip-workaround", "--no-verify"]
     given = read_options(vars(parser.parse_args([*typed.split(), *more])))
     assert given == ExportOptions(
+        profile="phone-arm64",
         llm=("q4_0",),
         vision=("w4", "w8"),
         mmproj=("f16",),
         web=("q4",),
+        mobile=("ort",),
         static=True,
         max_shard_size=2_000_000_000,
         imatrix=Path("i.gguf"),

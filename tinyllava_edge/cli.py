@@ -18,7 +18,7 @@ from .cli_eval import compare, divergence, eval_app
 from .cli_frame import emit, run_app, talk
 from .cli_train import Force, merge, train
 from .errors import UsageError
-from .export.options import FIELDS, flag, help_text, names, shown_default
+from .export.options import DEFAULTS, FIELDS, flag, help_text, names, shown_default
 
 app = typer.Typer(
     name="tinyllava-edge",
@@ -123,9 +123,15 @@ def import_model(
 
 
 def option(name: str, *flags: str) -> Any:
-    """Flag of a field of ExportOptions, with the one help text that both export commands show."""
+    """Flag of a field of ExportOptions, with the one help text that both export commands show.
+
+    A default that a profile may replace is only shown: what isn't typed must be seen.
+    """
     return typer.Option(
-        *(flags or (flag(name),)), metavar=FIELDS[name].metadata["metavar"] or None, help=help_text(name)
+        *(flags or (flag(name),)),
+        metavar=FIELDS[name].metadata["metavar"] or None,
+        help=help_text(name),
+        show_default=shown_default(name) if name in DEFAULTS else True,
     )
 
 
@@ -133,10 +139,12 @@ def option(name: str, *flags: str) -> Any:
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint directory.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Bundle directory to write.")],
-    llm: Annotated[str, option("llm")] = shown_default("llm"),
-    vision: Annotated[str, option("vision")] = shown_default("vision"),
+    profile: Annotated[str | None, option("profile")] = None,
+    llm: Annotated[str | None, option("llm")] = None,
+    vision: Annotated[str | None, option("vision")] = None,
     mmproj: Annotated[str, option("mmproj")] = "",
     web: Annotated[str, option("web")] = "",
+    mobile: Annotated[str, option("mobile")] = "",
     static: Annotated[bool, option("static")] = False,
     max_shard_size: Annotated[str | None, option("max_shard_size")] = None,
     imatrix: Annotated[Path | None, option("imatrix")] = None,
@@ -150,10 +158,12 @@ def export(
     from .commands import export_checkpoint
 
     values = {
+        "profile": profile,
         "llm": llm,
         "vision": vision,
         "mmproj": mmproj,
         "web": web,
+        "mobile": mobile,
         "static": static,
         "max_shard_size": max_shard_size,
         "imatrix": imatrix,
@@ -224,7 +234,9 @@ def verify(
     against: Annotated[
         Path, typer.Option("--against", metavar="CKPT", help="Checkpoint the bundle was exported from.")
     ],
-    build: Annotated[str, typer.Option("--build", help="Builds to verify, comma list; all by default.")] = "",
+    build: Annotated[
+        str, typer.Option("--build", help="Builds to verify, comma list, e.g. web-q4; all by default.")
+    ] = "",
     image: Annotated[
         list[Path] | None, typer.Option("--image", help="Pictures to verify on, instead of the default set.")
     ] = None,

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, read_bundle
-from .errors import StorageError, UsageError
+from .errors import BundleError, StorageError, UsageError
 
 Progress = Callable[[str], None]
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """A bundle as JSON values: model, files, builds with their size and whether they are verified."""
+    """A bundle as JSON values: model, files, builds (a browser's apart) with size and stamp, device profile."""
+    from .export.profile_record import read_record
+
+    try:
+        record = read_record(bundle)
+    except BundleError as error:  # a bundle that is damaged is described too
+        record = {"problem": error.message}
     return {
         "kind": "bundle",
         "path": str(bundle.root),
@@ -38,7 +44,12 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             name: {"bytes": build.bytes, "verified": bundle.is_verified(build)}
             for name, build in bundle.builds().items()
         },
+        "web_builds": {
+            name: {"bytes": build.bytes, "verified": bundle.is_verified(build)}
+            for name, build in bundle.web_builds().items()
+        },
         "tool_versions": dict(bundle.tool_versions),
+        **({} if record is None else {"profile": record}),
     }
 
 

@@ -65,10 +65,25 @@ def test_files(tmp_path: Path) -> None:
     assert f"llama-server -m {LLM} --mmproj {MMPROJ} --jinja -c 2048\n" in text
     for needed in ("ollama create tinyllava-base-sig-tl -f Modelfile", "PocketPal", "LM Studio", "cosine 0.999992"):
         assert needed in text
-    assert not re.search(r"\{(name|llm|mmproj|side|tag|folder|context|differences)\}", text)
+    assert not re.search(
+        r"\{(name|llm|mmproj|side|tag|folder|context|threads|phone_threads|bounds|differences)\}", text
+    )
     lines = paths[0].read_text().splitlines()
     assert lines[:2] == [f"FROM ./{LLM}", f"FROM ./{MMPROJ}"]
     assert 'PARAMETER stop "</s>"' in lines
+
+
+def test_a_profiles_context_and_threads(tmp_path: Path) -> None:
+    """Every line to type has them, Ollama's file too; without a profile only a phone's lines name threads."""
+    plain = write(tmp_path, report())[1].read_text()
+    assert plain.count("-c 2048") == 3 and plain.count(" -t 4") == 1 and "http://127.0.0.1:8080" in plain
+    assert "-t 4 --cache-ram 0 -np 1 -ub 512 --host 127.0.0.1 --port 8080\n" in plain  # what a profile's count rests on
+    arguments = {"llm_file": LLM, "mmproj_file": MMPROJ, "spec": SPEC, "template": get_template("llama")}
+    paths = write_stock_files(tmp_path, name="x", report=report(), run_with=(1024, 6), **arguments)  # type: ignore[arg-type]
+    ollama, guide = (path.read_text() for path in paths)
+    assert guide.count("--jinja -c 1024 -t 6") == 3 and "context to 1024 and the threads to 6" in guide
+    assert "PARAMETER num_ctx 1024\n" in ollama and "2048" not in ollama + guide
+    assert guide.count("Not run on a phone") == 2
 
 
 def test_defects_are_told(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import __version__, checkpoint
-from ..bundle import Bundle, BundleFile, describe_file, read_bundle, write_manifest
+from ..bundle import MANIFEST, Bundle, BundleFile, describe_file, read_bundle, write_manifest
 from ..errors import ExportError, StorageError, UsageError
-from ..files import new_directory, sha256_tree, write_json
+from ..files import check_forced, new_directory, sha256_tree, write_json
 from ..runtimes.base import Picture
 from ..spec import ModelSpec
 from ..towers import TOWERS
@@ -29,12 +29,16 @@ from .imatrix import Imatrix, load_imatrix
 from .llm import FLOAT_TYPES, LlmTensors, export_llm
 from .llm_architectures import architecture_of
 from .llm_types import LLM_TYPES, tensor_type
-from .options import ExportOptions
+from .mobile.forms import check_forms
+from .options import DEFAULTS
 from .preprocess import write_preprocess
 from .quantize import check_request, quantize_recorded
 from .vision import export_vision_fp32
 from .vision_quantize import CALIBRATED, VISION_PRECISIONS
 from .vision_report import eager, vision_report
+
+if TYPE_CHECKING:
+    from .profile_fit import Plan
 
 Progress = Callable[[str], None]
 FIGURES = "export.json"
@@ -62,10 +66,11 @@ def export_bundle(
     root: Path,
     out: Path,
     *,
-    llm: Sequence[str] = ExportOptions.llm,
-    vision: Sequence[str] = ExportOptions.vision,
+    llm: Sequence[str] = DEFAULTS["llm"],
+    vision: Sequence[str] = DEFAULTS["vision"],
     mmproj: Sequence[str] = (),
     web: Sequence[str] = (),
+    mobile: Sequence[str] = (),
     static: bool = False,
     max_shard_bytes: int | None = None,
     imatrix: Path | Imatrix | None = None,
@@ -73,6 +78,7 @@ def export_bundle(
     pictures: Sequence[tuple[str, Picture]] | None = None,
     clip_workaround: bool = False,
     force: bool = False,
+    plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a checkpoint into a bundle directory, whole or not at all.
@@ -84,6 +90,7 @@ def export_bundle(
         vision: keys of VISION_PRECISIONS; likewise.
         mmproj: keys of MMPROJ_TYPES, for llama.cpp's own programs; none by default.
         web: keys of WEB_PRECISIONS, for transformers.js; none by default.
+        mobile: keys of MOBILE_FORMS, for native hosts; none by default.
         static: fix the vision graph's batch to 1, as CoreML and NPUs ask for.
         max_shard_bytes: most tensor bytes of one GGUF; larger ones are split. None or 0: one file each.
         imatrix: importance matrix of this model, loaded or as a file in llama.cpp's GGUF form.
@@ -91,6 +98,7 @@ def export_bundle(
         pictures: names and pictures to calibrate and to compare the vision precisions on; a built-in set by default.
         clip_workaround: see export_mmproj.
         force: replace `out` if it exists.
+        plan: what these types were chosen for; the written files are held against it, and it is recorded.
         progress: told each step.
 
     Returns:
@@ -99,10 +107,10 @@ def export_bundle(
     Raises:
         UsageError: an unknown name, or none at all, or options that go with nothing asked for.
         CheckpointError: the checkpoint can't be loaded.
-        ExportError: a weight that is not finite, or a part that has no device form.
+        ExportError: a weight that is not finite, a part that has no device form, or a build that doesn't fit the plan.
         StorageError: `out` exists and `force` is off, or the disk is full.
     """
-    llm, vision = _names("LLM type", llm, LLM_TYPES), _names("vision precision", vision, VISION_PRECISIONS)
+    llm, vision = known_names("LLM type", llm, LLM_TYPES), known_names("vision precision", vision, VISION_PRECISIONS)
     for name in llm:
         check_request(name, imatrix is not None)
     overrides = overrides or {}
@@ -115,18 +123,14 @@ def export_bundle(
     if mmproj:
         from .mmproj import MMPROJ_TYPES
 
-        mmproj = _names("mmproj type", mmproj, MMPROJ_TYPES)
+        mmproj = known_names("mmproj type", mmproj, MMPROJ_TYPES)
     if web:
         from .web import check_precisions
 
         check_precisions(web)
+    check_forms(mobile)
     matrix = load_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix
-    if out.resolve() in (root.resolve(), *root.resolve().parents):
-        raise UsageError(f"{out} holds the checkpoint itself", "name another place with -o")
-    if out.resolve().is_relative_to(root.resolve()):
-        raise UsageError(f"{out} lies in the checkpoint, whose hash it would change", "name another place with -o")
-    if out.exists() and not force:  # said before the long work, and again by new_directory
-        raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
+    check_place(root, out, force)
     tell = progress or (lambda _text: None)
     tell("loading the checkpoint")
     source = checkpoint.llm_source(root)
@@ -135,20 +139,39 @@ def export_bundle(
     origin = {"name": source.spec.name, "sha256": sha256_tree(root)}
     if matrix is not None and matrix.checkpoint_sha256 not in ("", origin["sha256"]):
         tell("note: the importance matrix was collected on another checkpoint")
-    with new_directory(out, force=force) as temporary:
+    asked = None if plan is None else (plan.n_ctx, plan.profile.n_threads)
+    with new_directory(out, force=force, ours=MANIFEST) as temporary:
         job = _Job(root, temporary, source.spec, tell, {})
         files = _write_vision(job, vision, static, pictures)
         texts = _write_llm(job, source, llm, max_shard_bytes, matrix, overrides)
         files += texts
-        files += _write_mmproj(job, mmproj, temporary / texts[-1].path, clip_workaround)  # the smallest goes with it
+        smallest = temporary / texts[-1].path  # goes with the mmproj
+        files += _write_mmproj(job, mmproj, smallest, clip_workaround, asked)
         files += _write_web(job, web, static)
+        files += _write_mobile(job, mobile, vision, pictures)
         if "fp32" not in vision:
             onnx_io.remove(temporary / "vision-fp32.onnx")
+        if matrix is not None:
+            told = ("sha256", "samples", "image_share", "datasets")
+            job.figures["imatrix"] = {name: getattr(matrix, name) for name in told}
+        if plan is not None:
+            files.append(_write_plan(job, plan, files, origin))
         write_json(temporary / FIGURES, job.figures)
         files.append(describe_file(temporary, FIGURES, "text", "text", {}))
         write_manifest(temporary, source.spec, files, origin, tool_versions())
     tell(f"wrote {out}")
     return read_bundle(out)
+
+
+def check_place(root: Path, out: Path, force: bool) -> None:
+    """Raise UsageError or StorageError for a place that no bundle of this checkpoint may be written to."""
+    if out.resolve() in (root.resolve(), *root.resolve().parents):
+        raise UsageError(f"{out} holds the checkpoint itself", "name another place with -o")
+    if out.resolve().is_relative_to(root.resolve()):
+        raise UsageError(f"{out} lies in the checkpoint, whose hash it would change", "name another place with -o")
+    if out.exists() and not force:  # said before the long work, and again by new_directory
+        raise StorageError(f"{out} exists already", "name another place with -o, or replace it with --force")
+    check_forced(out, MANIFEST)
 
 
 def check_config(root: Path, spec: ModelSpec) -> None:
@@ -195,7 +218,7 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def _names(what: str, given: Sequence[str], known: Mapping[str, object]) -> tuple[str, ...]:
+def known_names(what: str, given: Sequence[str], known: Mapping[str, object]) -> tuple[str, ...]:
     """The asked names in the table's order, each once. Raises UsageError that lists the known ones."""
     unknown = [name for name in given if name not in known]
     if unknown or not given:
@@ -250,7 +273,19 @@ def _write_graphs(
     ]
 
 
-def _write_mmproj(job: _Job, names: Sequence[str], llm: Path, clip_workaround: bool) -> list[BundleFile]:
+def _write_plan(job: _Job, plan: Plan, files: Sequence[BundleFile], origin: Mapping[str, str]) -> BundleFile:
+    """Hold the written builds against the plan, and record it."""
+    from .profile_fit import check_written
+    from .profile_record import write_record
+
+    written = Bundle(job.root, job.spec.name, job.spec, tuple(files), origin, {}, "")
+    builds, pages = check_written(written, plan)
+    return write_record(job.root, plan.profile, plan.n_ctx, plan.preferred, builds, pages)
+
+
+def _write_mmproj(
+    job: _Job, names: Sequence[str], llm: Path, clip_workaround: bool, asked: tuple[int, int] | None
+) -> list[BundleFile]:
     """Tower and connector for llama.cpp's own programs, which are measured with the text GGUF beside them."""
     if not names:
         return []
@@ -258,7 +293,7 @@ def _write_mmproj(job: _Job, names: Sequence[str], llm: Path, clip_workaround: b
 
     model, spec = checkpoint.load_vision(job.source)
     files, reports = write_mmproj_files(
-        job.root, model, spec, names, llm, clip_workaround=clip_workaround, tell=job.tell
+        job.root, model, spec, names, llm, clip_workaround=clip_workaround, run_with=asked, tell=job.tell
     )
     job.figures["mmproj"] = {name: report.to_dict() for name, report in zip(names, reports, strict=True)}
     del model
@@ -324,6 +359,19 @@ def _write_web(job: _Job, names: Sequence[str], static: bool) -> list[BundleFile
         names_of_parts = [part.relative_to(job.root).as_posix() for part in parts]
         types = onnx_io.tensor_types(path)
         files.append(describe_file(job.root, place, "web", suffixes[suffix], types, names_of_parts))
+    return files
+
+
+def _write_mobile(
+    job: _Job, names: Sequence[str], vision: Sequence[str], pictures: Sequence[tuple[str, Picture]] | None
+) -> list[BundleFile]:
+    """The vision graph in the forms that native hosts load, below `mobile`."""
+    if not names:
+        return []
+    from .mobile.write import write_mobile
+
+    graphs = {name: job.root / f"vision-{name}.onnx" for name in vision}
+    files, job.figures["mobile"] = write_mobile(job.source, job.root, names, graphs, pictures=pictures, tell=job.tell)
     return files
 
 

@@ -6,7 +6,8 @@ Tensors are read, converted and written one at a time, so the model is never in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -115,30 +116,67 @@ def export_llm(
     """
     if isinstance(source, Checkpoint):
         source = in_memory(source)
+    with new_gguf(target) as temporary:
+        _write(source, temporary, float_type, max_shard_bytes or 0, progress)
+        check_tokenizer(shards_of(temporary)[0], source.tokenizer)
+    return tensor_types(target)
+
+
+def export_llm_shell(source: LlmTensors, target: Path, float_type: str = "f16") -> None:
+    """The file that `export_llm` would write with a hole in the weights' place, which takes no room on most disks.
+
+    For who asks about sizes and types before the long work: no weight is read, and the tokenizer isn't proved.
+
+    Raises:
+        ExportError: as export_llm, but for what the weights' values decide.
+        StorageError: the disk is full.
+    """
+    with new_gguf(target) as temporary:
+        plan = _write(source, temporary, float_type, 0, None, shell=True)
+        os.truncate(temporary, padded(temporary.stat().st_size) + sum(padded(_bytes(item)) for item in plan))
+
+
+def _write(
+    source: LlmTensors,
+    target: Path,
+    float_type: str,
+    max_shard_bytes: int,
+    progress: Progress | None,
+    *,
+    shell: bool = False,
+) -> list[_Planned]:
+    """Metadata, tensor table and, unless it is a shell, tensors."""
     config, kind = source.config, FLOAT_TYPES[float_type]
     architecture = architecture_of(config)
     plan = _plan(source, architecture, kind)
     template = get_template(source.spec.template)
     vocabulary = read_vocabulary(source.tokenizer, source.infos[EMBEDDING].shape[0])
-    with new_gguf(target) as temporary:
-        writer = gguf.GGUFWriter(
-            temporary, gguf.MODEL_ARCH_NAMES[architecture.gguf_arch], split_max_size=max_shard_bytes or 0
-        )
-        try:
-            writer.add_type("model")
-            writer.add_name(source.spec.name)
-            writer.add_file_type(kind.file_type)
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            write_shape(writer, architecture, config, len(vocabulary.tokens))
-            write_vocabulary(writer, vocabulary, source.tokenizer, template.end_of_turn)
-            if not template.caption_only:
-                bos = source.tokenizer.bos_token if vocabulary.add_bos else ""
-                writer.add_chat_template(chat_template(template, bos, first_space=vocabulary.first_space))
+    writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[architecture.gguf_arch], split_max_size=max_shard_bytes)
+    try:
+        writer.add_type("model")
+        writer.add_name(source.spec.name)
+        writer.add_file_type(kind.file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        write_shape(writer, architecture, config, len(vocabulary.tokens))
+        write_vocabulary(writer, vocabulary, source.tokenizer, template.end_of_turn)
+        if not template.caption_only:
+            bos = source.tokenizer.bos_token if vocabulary.add_bos else ""
+            writer.add_chat_template(chat_template(template, bos, first_space=vocabulary.first_space))
+        _announce(writer, plan)
+        if not shell:
             _write_tensors(writer, source, architecture, plan, progress)
-        finally:
-            writer.close()
-        check_tokenizer(shards_of(temporary)[0], source.tokenizer)
-    return tensor_types(target)
+    finally:
+        writer.close()
+    return plan
+
+
+def padded(size: int) -> int:
+    """A size up to where the next tensor may begin."""
+    return -(-size // gguf.GGUF_DEFAULT_ALIGNMENT) * gguf.GGUF_DEFAULT_ALIGNMENT
+
+
+def _bytes(item: _Planned) -> int:
+    return math.prod(item.shape) * item.kind.dtype.itemsize
 
 
 def tensor_types(path: Path) -> dict[str, int]:
@@ -207,6 +245,18 @@ def _plan(source: LlmTensors, architecture: Architecture, kind: FloatType) -> li
     return plan
 
 
+def _announce(writer: gguf.GGUFWriter, plan: Sequence[_Planned]) -> None:
+    """Write the metadata and the table of all tensors."""
+    for item in plan:
+        first = torch.zeros((), dtype=item.kind.dtype)
+        writer.add_tensor_info(
+            item.name, item.shape, _numpy(first).dtype, _bytes(item), raw_dtype=item.kind.tensor_type
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
 def _write_tensors(
     writer: gguf.GGUFWriter,
     source: LlmTensors,
@@ -214,13 +264,7 @@ def _write_tensors(
     plan: list[_Planned],
     progress: Progress | None,
 ) -> None:
-    """Announce every tensor, then convert and write them in the same order."""
-    for item in plan:
-        size, first = math.prod(item.shape) * item.kind.dtype.itemsize, torch.zeros((), dtype=item.kind.dtype)
-        writer.add_tensor_info(item.name, item.shape, _numpy(first).dtype, size, raw_dtype=item.kind.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    """Convert and write every tensor in the order in which they were announced."""
     for done, item in enumerate(plan, 1):
         writer.write_tensor_data(cast(Any, _Streamed(source, architecture, item)))
         if progress:
@@ -233,7 +277,7 @@ class _Streamed:
 
     def __init__(self, source: LlmTensors, architecture: Architecture, item: _Planned) -> None:
         self._source, self._architecture, self._item = source, architecture, item
-        self.nbytes = math.prod(item.shape) * item.kind.dtype.itemsize
+        self.nbytes = _bytes(item)
 
     def tofile(self, file: Any) -> None:
         """Write every value behind what the file holds already."""

@@ -26,6 +26,7 @@ def write_mmproj_files(
     llm: Path,
     *,
     clip_workaround: bool = False,
+    run_with: tuple[int, int] | None = None,
     tell: Callable[[str], None],
 ) -> tuple[list[BundleFile], list[MmprojReport]]:
     """Write and measure every asked type.
@@ -37,6 +38,7 @@ def write_mmproj_files(
         types: keys of MMPROJ_TYPES, at least one.
         llm: text GGUF below `root` that the Modelfile names; the first part of a split one.
         clip_workaround: see export_mmproj.
+        run_with: positions and threads that the guide names; the model's own context and no threads by default.
         tell: told each step and each measurement.
 
     Raises:
@@ -72,6 +74,7 @@ def write_mmproj_files(
             spec=spec,
             template=template,
             report=reports[0],
+            run_with=run_with,
             first_space=bool(read_header(llm).values.get(FIRST_SPACE)),
         )
         files += [describe_file(root, path.name, "text", "text", {}) for path in written]

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .profiles import PRESETS
 
+LISTS = ("llm", "vision", "mmproj", "web", "mobile")  # fields of types, which a profile fills where nothing is typed
+DEFAULTS = {"llm": ("f16", "q8_0", "q4_k_m"), "vision": ("fp32", "int8")}  # without a profile; nothing of the others
+NONE = ("none",)  # typed for no types at all, whatever a profile asks for
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -46,14 +50,23 @@ def _option(default: Any, metavar: str, read: Callable[[str], Any] | None, text:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Everything about an export but its two directories. A field `a_b` is the flag `--a-b`."""
+    """Everything about an export but its two directories. A field `a_b` is the flag `--a-b`.
 
-    llm: tuple[str, ...] = _option(
-        ("f16", "q8_0", "q4_k_m"), "TYPES", names, "Language-model types, comma list: f32, f16, q8_0, q4_k_m …"
+    Lists that are empty were not typed: `resolved` fills them with DEFAULTS, a profile with its own.
+    """
+
+    profile: str | None = _option(
+        None,
+        "NAME|FILE.toml",
+        str,
+        f"Take what fits a device: {', '.join(PRESETS)}, or your own file. It chooses types, context and threads, and "
+        "refuses what needs more memory than the device gives; types that are typed win, `none` leaves files out.",
     )
+    """key of profiles.PRESETS, or a TOML file"""
+    llm: tuple[str, ...] = _option((), "TYPES", names, "Language-model types, comma list: f32, f16, q8_0, q4_k_m …")
     """keys of quantize.LLM_TYPES"""
     vision: tuple[str, ...] = _option(
-        ("fp32", "int8"), "TYPES", names, "Vision precisions, comma list: fp32, fp16, int8, w8, w4, qdq."
+        (), "TYPES", names, "Vision precisions, comma list: fp32, fp16, int8, w8, w4, qdq."
     )
     """keys of vision.VISION_PRECISIONS"""
     mmproj: tuple[str, ...] = _option(
@@ -64,6 +77,10 @@ class ExportOptions:
         (), "TYPES", names, "ONNX decoder in the layout of transformers.js, comma list: fp32, fp16, q8, q4, q4f16."
     )
     """keys of web.WEB_PRECISIONS; none by default"""
+    mobile: tuple[str, ...] = _option(
+        (), "FORMS", names, "Vision graph for native hosts, comma list: ort, coreml, executorch, litert."
+    )
+    """keys of mobile.forms.MOBILE_FORMS; none by default"""
     static: bool = _option(False, "", None, "Fix the vision graphs' batch to 1: the form that CoreML and NPUs ask for.")
     """vision graphs of fixed shapes"""
     max_shard_size: int | None = _option(None, "SIZE", size, "Split GGUFs into files of at most this size, e.g. 2G.")
@@ -101,7 +118,7 @@ def help_text(name: str) -> str:
 
 def shown_default(name: str) -> str:
     """Default of a field as one would type it; empty where there is none."""
-    value = FIELDS[name].default
+    value = DEFAULTS.get(name, FIELDS[name].default)
     return ",".join(value) if isinstance(value, tuple) else "" if value is None or value is False else str(value)
 
 
@@ -112,7 +129,19 @@ def read_options(values: Mapping[str, Any]) -> ExportOptions:
         raise UsageError(f"unknown export option {min(unknown)!r}", f"known: {', '.join(FIELDS)}")
     read = {name: FIELDS[name].metadata["read"] for name in values}
     given = {name: read[name](v) if isinstance(v, str) else v for name, v in values.items() if v is not None}
+    for name in DEFAULTS:
+        if given.get(name) in ((), NONE):
+            raise UsageError(f"{flag(name)} names no type", f"leave it out, or name some: {shown_default(name)}")
     return ExportOptions(**given)
+
+
+def resolved(options: ExportOptions) -> ExportOptions:
+    """The options with defaults where nothing was typed, for an export without a profile."""
+    changes: dict[str, Any] = {}
+    for name in LISTS:
+        value = getattr(options, name)
+        changes[name] = () if value == NONE else value or DEFAULTS.get(name, ())
+    return dataclasses.replace(options, **changes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

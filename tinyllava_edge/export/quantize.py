@@ -14,19 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError, UsageError
-from ..files import is_full, new_file, no_space
+from ..files import is_full, new_file, no_space, scratch_directory
 from .gguf_header import GgufHeader, matrices, read_header, read_shards
 from .gguf_shards import shards_of
 from .imatrix import Imatrix, check_fits, native_array
 from .llm_types import FLOAT_LLM_TYPES, IMATRIX_HINT, LLM_TYPES, TENSOR_TYPES, llm_type, tensor_type
 from .native_log import captured
 
-__all__ = ["LLM_TYPES", "check_request", "fallbacks", "quantize_gguf", "quantize_recorded", "resolve_overrides"]
+__all__ = [
+    "LLM_TYPES",
+    "check_request",
+    "fallbacks",
+    "planned_types",
+    "quantize_gguf",
+    "quantize_recorded",
+    "resolve_overrides",
+]
 
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 _MAX_PATTERN = 100  # bytes of one override's pattern, so that its record fits in _MAX_TEXT
 _TEXT, _INT = 3, 0  # llama_model_kv_override's tags
 _MAX_TEXT = 127  # bytes of a text in llama_model_kv_override
+# [   1/ 201] token_embd.weight - [ 2048, 32000, 1, 1], type = f16, size = 125.00 MiB -> 70.31 MiB (q4_K)
+_PLANNED = re.compile(r"\[\s*\d+/\s*\d+\] (\S+)\s+- \[.*\], type =\s*(\w+), size =[^(]*(?:\((\w+)\))?$")
 MAX_BUFFER = 64 << 20  # bytes of rows that llama.cpp works on at once; its default is a whole embedding in float32
 
 
@@ -63,17 +73,9 @@ def quantize_gguf(
 
     check_request(name, imatrix is not None)
     header, first = _read_source(src, dst, name), shards_of(src)[0]
-    chosen = resolve_overrides(header, overrides or {}, name, imatrix)
     if imatrix is not None:
         check_fits(imatrix, header, src)
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = LLM_TYPES[name].ftype
-    parameters.nthread = n_threads or os.cpu_count() or 1
-    parameters.max_buf_size = MAX_BUFFER
-    kept = [_set_overrides(parameters, chosen), _set_record(parameters, imatrix, overrides or {})]
-    if imatrix is not None:
-        parameters.imatrix, alive = native_array(imatrix)
-        kept.append(alive)
+    parameters, _alive = _parameters(header, name, imatrix, overrides or {}, n_threads)
     with new_file(dst) as temporary, captured() as log:
         code = llama_cpp.llama_model_quantize(os.fsencode(first), os.fsencode(temporary), ctypes.byref(parameters))
         if code != 0:
@@ -85,6 +87,41 @@ def quantize_gguf(
     for tensor in written.tensors.values():
         counts[tensor.type] = counts.get(tensor.type, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def planned_types(
+    src: Path, name: str, *, imatrix: Imatrix | None = None, overrides: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Which type every tensor would get: llama.cpp's own choice, asked for in a dry run that reads no weight.
+
+    Args:
+        src, name, imatrix, overrides: as quantize_gguf; of the matrix it only counts whether there is one.
+
+    Returns:
+        GGUF name → tensor type in lower case.
+
+    Raises:
+        UsageError, ExportError: as quantize_gguf, and llama.cpp has no dry run or told of other tensors.
+    """
+    import llama_cpp
+
+    check_request(name, imatrix is not None)
+    header = _read_source(src, src, name)
+    parameters, _alive = _parameters(header, name, imatrix, overrides or {}, 1)
+    remedy = "install the llama-cpp-python that this version asks for, or export without --profile"
+    if "dry_run" not in {entry[0] for entry in parameters._fields_}:  # ctypes would take it for an attribute of its own
+        raise ExportError("this llama-cpp-python has no dry run of a quantisation", remedy)
+    parameters.dry_run = True
+    with captured(kept=None) as log, scratch_directory() as folder:
+        target = folder / "planned.gguf"
+        code = llama_cpp.llama_model_quantize(os.fsencode(src), os.fsencode(target), ctypes.byref(parameters))
+    found = {told[1]: (told[3] or told[2]).lower() for line in log.lines() if (told := _PLANNED.match(line))}
+    if code != 0 or set(found) != set(header.tensors):
+        raise ExportError(
+            f"llama.cpp told the types of {len(found)} of {len(header.tensors)} tensors for {name} ({log.reason()})",
+            remedy,
+        )
+    return found
 
 
 def quantize_recorded(
@@ -192,6 +229,24 @@ def _read_source(src: Path, dst: Path, name: str) -> GgufHeader:
                 "start from an f16, bf16 or f32 file: export with --llm f16",
             )
     return header
+
+
+def _parameters(
+    header: GgufHeader, name: str, imatrix: Imatrix | None, overrides: Mapping[str, str], n_threads: int | None
+) -> tuple[Any, list[Any]]:
+    """llama.cpp's request, and what must stay alive while it is in use."""
+    import llama_cpp
+
+    chosen = resolve_overrides(header, overrides, name, imatrix)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = LLM_TYPES[name].ftype
+    parameters.nthread = n_threads or os.cpu_count() or 1
+    parameters.max_buf_size = MAX_BUFFER
+    kept = [_set_overrides(parameters, chosen), _set_record(parameters, imatrix, overrides)]
+    if imatrix is not None:
+        parameters.imatrix, alive = native_array(imatrix)
+        kept.append(alive)
+    return parameters, kept
 
 
 def _set_overrides(parameters: Any, chosen: Mapping[str, str]) -> Any:

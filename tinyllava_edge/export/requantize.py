@@ -16,15 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, ROLES, STAMP, Bundle, BundleFile, describe_file, read_bundle, write_manifest
+from ..bundle import MANIFEST, ROLES, STAMP, WEB, Bundle, BundleFile, describe_file, read_bundle, write_manifest
 from ..checkpoint import llm_source
 from ..errors import StorageError, UsageError
 from ..files import json_text, new_directory, sha256_tree, write_text
 from ..runtimes.headers import check_gguf
+from ..runtimes.memory_limit import size_words
 from .bundle_writer import FIGURES, base_type
 from .imatrix import Imatrix
 from .llm import export_llm
 from .llm_types import FLOAT_LLM_TYPES, LLM_TYPES
+from .profile_record import RECORD, read_record
 from .quantize import check_request, quantize_recorded
 from .stock_hosts import GUIDE, MODELFILE
 
@@ -63,7 +65,7 @@ def quantize_bundle(
     Raises:
         UsageError: an unknown type, one that needs an importance matrix, an override that can't be, or no float file to
             start from.
-        BundleError: the bundle can't be used, or its float file was changed.
+        BundleError: the bundle can't be used, or its float file or profile.json was changed.
         ExportError: see quantize_gguf.
         StorageError: `out` exists and `force` is off, or the disk is full.
     """
@@ -74,6 +76,7 @@ def quantize_bundle(
         raise UsageError(f"{target} and {root} lie in one another", "name another place with -o")
     for name in types:
         check_request(name, imatrix is not None)
+    record = read_record(bundle)
     names = tuple(name for name in LLM_TYPES if name in types)
     source = _float_file(bundle, checkpoint)
     base_name = source.precision if source is not None else ""
@@ -88,7 +91,12 @@ def quantize_bundle(
     gone = {entry.path for file in bundle.files if file not in kept for entry in file.entries}
     if gone:
         tell(f"replacing {', '.join(sorted(gone))}")
-    with new_directory(target, force=force or replaces) as temporary:
+    if record is not None:  # an estimate needs the device's processor and C library, which it doesn't keep
+        tell(
+            f"note: {RECORD} stays as it is: builds of {', '.join(names)} aren't counted against the "
+            f"{size_words(record['budget_bytes'])} that {record['name']} gives; export with --profile counts them"
+        )
+    with new_directory(target, force=force or replaces, ours=MANIFEST) as temporary:
         _link(bundle.root, temporary, {MANIFEST, STAMP, *gone})
         if source is None:
             base, kind = _write_float(checkpoint, temporary, tell)
@@ -220,5 +228,7 @@ def _record(
 
 def _same(old: Bundle, new: Bundle, name: str) -> bool:
     """Whether a build is the same bytes in both."""
+    if name.startswith(WEB):
+        return name in new.web_builds() and old.web_builds().get(name) == new.web_builds()[name]
     before, after = old.builds().get(name), new.builds().get(name)
     return before is not None and after is not None and before == after

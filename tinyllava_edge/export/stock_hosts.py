@@ -11,7 +11,11 @@ from ..runtimes.text import default_context
 from ..spec import ModelSpec
 from .mmproj import plain_name
 from .mmproj_check import MmprojReport
+from .profiles import PRESETS
 
+SERVER_BATCH = 512  # rows that llama-server computes at once, its own default
+PHONE_BOUNDS = f"--cache-ram 0 -np 1 -ub {SERVER_BATCH}"  # what a profile's count of an mmproj rests on
+PHONE_THREADS = PRESETS["phone-arm64"].n_threads
 MODELFILE, GUIDE = "Modelfile", "STOCK_HOSTS.md"  # README.md stays free for the Hub's model card
 
 # Ollama puts `[img-0]` in front of the words. A newline belongs between the two, as everywhere in this family.
@@ -29,7 +33,7 @@ Both belong together.
 ## llama.cpp
 
 ```
-llama-server -m {llm} --mmproj {mmproj} --jinja -c {context}
+llama-server -m {llm} --mmproj {mmproj} --jinja -c {context}{threads}
 ```
 
 Then ask it, e.g. with a picture as a data URL:
@@ -45,7 +49,29 @@ END
 Or once, without a server:
 
 ```
-llama-mtmd-cli -m {llm} --mmproj {mmproj} --jinja -c {context} --temp 0 --image cat.jpg -p "What is this?"
+llama-mtmd-cli -m {llm} --mmproj {mmproj} --jinja -c {context}{threads} --temp 0 --image cat.jpg -p "What is this?"
+```
+
+## A phone with Termux (Android)
+
+Not run on a phone: written from the documentation of llama.cpp and Termux.
+
+```
+pkg install llama-cpp                         # in Termux
+termux-wake-lock                              # or Android puts the server to sleep
+llama-server -m {llm} --mmproj {mmproj} --jinja -c {context} -t {phone_threads} {bounds} --host 127.0.0.1 --port 8080
+```
+
+Open http://127.0.0.1:8080 in the phone's browser and attach a picture there; `termux-wake-unlock` when done. Both files
+belong below Termux's home, `~`, where llama.cpp's guide wants them for speed. `-t` is best the number of the phone's
+fast cores. `--cache-ram 0` turns off the cache of earlier prompts, which otherwise grows up to 8 GiB, `-ub` bounds the
+rows computed at once, and `-np 1` serves one conversation. `export --profile` counts an mmproj's memory with these; it
+wasn't measured. A llama-server of your own is built with:
+
+```
+pkg install git cmake clang libandroid-spawn
+git clone --depth 1 https://github.com/ggml-org/llama.cpp && cd llama.cpp
+cmake -B build && cmake --build build --target llama-server -j {phone_threads}
 ```
 
 ## Ollama
@@ -66,9 +92,14 @@ cp {llm} {mmproj} ~/.lmstudio/models/local/{folder}/
 
 ## PocketPal (Android, iOS)
 
-The app pairs the two files only when it loads them itself: put both in one repository on the Hugging Face Hub, then
-choose *Models*, *+*, *Add from Hugging Face* and the language model's file. A file added from the phone's storage
-answers without pictures.
+Not run on a phone. The app pairs the two files only when it loads them itself:
+
+1. Put both in one repository on the Hugging Face Hub, under these names: it knows an mmproj by `mmproj` in its name.
+2. In the app choose *Models*, *+*, *Add from Hugging Face*, the repository, and the language model's file.
+3. In the model's settings set the context to {context} and the threads to {phone_threads}.
+4. Load it, and attach a picture in the chat.
+
+A file added from the phone's storage answers without pictures.
 
 ## What differs from the model in these hosts
 
@@ -90,10 +121,17 @@ Image.fromarray(fit_picture(load_image("cat.jpg"), spec)).save("cat-{side}.png")
 ```"""
 
 
-def modelfile(llm_file: str, mmproj_file: str, spec: ModelSpec, template: Template, first_space: bool = False) -> str:
+def modelfile(
+    llm_file: str,
+    mmproj_file: str,
+    spec: ModelSpec,
+    template: Template,
+    first_space: bool = False,
+    n_ctx: int | None = None,
+) -> str:
     """Ollama's Modelfile: both files, our prompt as a Go template, the end-of-turn token, greedy answers.
 
-    `first_space` as in chat_template.
+    `first_space` as in chat_template; `n_ctx` positions, the runtimes' own default if none are given.
 
     Raises:
         ExportError: the template is a captioning one, which has no conversation.
@@ -116,7 +154,7 @@ def modelfile(llm_file: str, mmproj_file: str, spec: ModelSpec, template: Templa
         f"FROM ./{llm_file}\nFROM ./{mmproj_file}\n"
         f'TEMPLATE """{prompt}"""\n'
         f'PARAMETER stop "{template.end_of_turn}"\n'
-        f"PARAMETER num_ctx {default_context(spec)}\n"
+        f"PARAMETER num_ctx {n_ctx or default_context(spec)}\n"
         "PARAMETER temperature 0\n"
         "PARAMETER repeat_penalty 1\n"
     )
@@ -132,6 +170,7 @@ def write_stock_files(
     template: Template,
     report: MmprojReport | None,
     first_space: bool = False,
+    run_with: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Write `Modelfile` and `STOCK_HOSTS.md` beside the two GGUFs.
 
@@ -144,6 +183,7 @@ def write_stock_files(
         template: the conversation template that the model was trained with.
         first_space: see chat_template.
         report: what check_mmproj measured; its defects are told in plain words. None where nothing was measured.
+        run_with: a profile's positions and threads.
 
     Raises:
         ExportError: the template is a captioning one, or a file name can't stand in a Modelfile.
@@ -151,17 +191,22 @@ def write_stock_files(
     for file in (llm_file, mmproj_file):
         if Path(file).name != file or not file.isprintable() or any(c in file for c in " \"'`$\\"):
             raise ExportError(f"file name {file!r} can't stand in a Modelfile or a command", "choose a plain name")
+    context, threads = run_with or (default_context(spec), None)
     text = _TEXT.format(
         name=name,
         folder=plain_name(name),
         tag=plain_name(name).lower(),
         llm=llm_file,
         mmproj=mmproj_file,
-        context=default_context(spec),
+        context=context,
+        threads=f" -t {threads}" if threads else "",
+        bounds=PHONE_BOUNDS,
+        phone_threads=threads or PHONE_THREADS,
         differences=_differences(spec, report),
     )
     paths = [root / MODELFILE, root / GUIDE]
-    for path, content in zip(paths, (modelfile(llm_file, mmproj_file, spec, template, first_space), text), strict=True):
+    ollama = modelfile(llm_file, mmproj_file, spec, template, first_space, context)
+    for path, content in zip(paths, (ollama, text), strict=True):
         write_text(path, content)
     return paths
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import EngineError
 from .providers import CPU
 from .text import take
-from .vision import open_session
+from .vision import one_line, open_session
 
 Floats = npt.NDArray[np.float32]
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -70,13 +70,18 @@ class Decoder:
 
     def generate(self, embeds: Floats, *, max_tokens: int, stops: Collection[int] = ()) -> list[int]:
         """Greedy tokens after a prompt (n, h); ends before a token of `stops`. Ties go to the lowest id."""
+        return self.answer(embeds, max_tokens=max_tokens, stops=stops)[1]
+
+    def answer(self, embeds: Floats, *, max_tokens: int, stops: Collection[int] = ()) -> tuple[Floats, list[int]]:
+        """Logits (v,) after a prompt (n, h), and the greedy tokens that `generate` gives."""
         ids: list[int] = []
         rows, cache = self._step(embeds, self._empty, 0)
+        first: Floats = rows[-1]
         length = len(embeds)
         while not take(ids, int(rows[-1].argmax()), max_tokens, stops):
             rows, cache = self._step(self.embed(ids[-1:]), cache, length)
             length += 1
-        return ids
+        return first, ids
 
     def _step(self, embeds: Floats, cache: dict[str, Any], past: int) -> tuple[Floats, dict[str, Any]]:
         given = {
@@ -92,8 +97,9 @@ class Decoder:
         try:
             return list(session.run(list(names), inputs))
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            reason = " ".join(str(error).split())[:300]
-            raise EngineError(f"{self._paths[which]}: ONNX Runtime stopped ({reason})", "export it again") from error
+            raise EngineError(
+                f"{self._paths[which]}: ONNX Runtime stopped ({one_line(error)})", "export it again"
+            ) from error
 
 
 def _parts(path: Path) -> list[str]:

@@ -115,9 +115,6 @@ def gguf_sizes(path: Path, system_info: bytes = b"") -> GgufSizes:
             mapped += len(data)
             sizes = _bytes(front.tensors, len(data) - front.start)
             tensors.update({name: (entry, sizes[name]) for name, entry in front.tensors.items()})
-    kinds = repacked_types(system_info)
-    looked_up = EMBEDDING if HEAD in tensors else ""  # rows are read from it; without a head it is multiplied too
-    weights = [tensor for name, tensor in tensors.items() if name != looked_up]
     architecture = pairs["general.architecture"].decode()
     heads = pairs[f"{architecture}.attention.head_count"]
     inner = pairs.get(f"{architecture}.feed_forward_length")
@@ -125,7 +122,7 @@ def gguf_sizes(path: Path, system_info: bytes = b"") -> GgufSizes:
     tokens, merges = len(pairs["tokenizer.ggml.tokens"]), pairs.get("tokenizer.ggml.merges")
     return GgufSizes(
         mapped=mapped,
-        repacked=sum(size for entry, size in weights if _repacked(entry, kinds)),
+        repacked=repacked_bytes(tensors, system_info),
         vocabulary=_TOKEN * tokens + _MERGE * (len(merges) if isinstance(merges, list) else 0),
         layers=pairs[f"{architecture}.block_count"],
         width=pairs[f"{architecture}.embedding_length"],
@@ -150,6 +147,14 @@ def repacked_types(system_info: bytes) -> Mapping[int, int]:
     if "NEON" in features and features & {"DOTPROD", "MATMUL_INT8"}:
         found.update(_ARM)
     return found
+
+
+def repacked_bytes(tensors: Mapping[str, tuple[TensorEntry, int]], system_info: bytes) -> int:
+    """Bytes of the weights that a processor copies into another order, of name → entry and bytes."""
+    kinds = repacked_types(system_info)
+    looked_up = EMBEDDING if HEAD in tensors else ""  # rows are read from it; without a head it is multiplied too
+    weights = [tensor for name, tensor in tensors.items() if name != looked_up]
+    return sum(size for entry, size in weights if _repacked(entry, kinds))
 
 
 def _repacked(entry: TensorEntry, kinds: Mapping[int, int]) -> bool:

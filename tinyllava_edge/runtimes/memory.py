@@ -120,14 +120,57 @@ class MemorySettings:
     """whether the vision graph is opened with the first picture"""
 
 
-def estimate(bundle: Bundle, build: Build, settings: MemorySettings | None = None) -> MemoryEstimate:
-    """What a build takes in this process, from its files' headers.
+@dataclass(frozen=True)
+class Host:
+    """What an estimate depends on that belongs to the machine and the process."""
+
+    base: int
+    """bytes that the process holds with both engines imported and started, before anything is opened"""
+    system_info: bytes = b""
+    """llama.cpp's words on the processor; nothing is repacked without them"""
+    trims: bool = True
+    """whether freed memory goes back to the system: weights that are parsed while loading don't stay then"""
+    gpu: bool = False
+    """whether both engines run on a GPU: weights are copied to its memory, and float16 weights stay float16"""
+
+
+def this_host() -> Host:
+    """This process on this machine. Raises DependencyError: an engine isn't installed."""
+    onnxruntime_api()
+    api = native_api()
+    info = api.llama_print_system_info() if repacks(api) else b""
+    return Host(held_now().resident + _STARTED, info, give_back())
+
+
+def estimate(
+    bundle: Bundle, build: Build, settings: MemorySettings | None = None, host: Host | None = None
+) -> MemoryEstimate:
+    """What a build takes, from its files' headers: in this process, or on the host that is given.
 
     Raises:
         BundleError: a file is missing, truncated, or not what it should be.
-        DependencyError: an engine isn't installed.
+        DependencyError: an engine isn't installed; not looked at for another host.
     """
-    return _Files(bundle).estimate(build, settings or MemorySettings(default_context(bundle.spec)))
+    files = _Files(bundle, this_host() if host is None else host)
+    return files.estimate(build, settings or MemorySettings(default_context(bundle.spec)))
+
+
+def estimate_sizes(llm: GgufSizes, vision: OnnxSizes, settings: MemorySettings, host: Host) -> MemoryEstimate:
+    """What two files of these sizes take on a host."""
+    kept, parsed = (0, vision.inline) if host.trims else (vision.inline, 0)
+    return MemoryEstimate(
+        base=host.base,
+        weights_llm=llm.mapped,
+        repacked=llm.mapped if host.gpu else llm.repacked,
+        kv_cache=llm.kv_cache(settings.n_ctx, settings.type_k, settings.type_v),
+        compute=llm.compute(settings.n_ctx, settings.n_batch, settings.flash_attention) + llm.vocabulary,
+        vision_weights=vision.weights + kept,
+        vision_load=parsed,
+        vision_arena=_ALIVE * vision.largest,
+        picture=_PIXEL * settings.picture_pixels,
+        caches=settings.caches_bytes,
+        lazy=settings.lazy,
+    )
 
 
 def preflight(
@@ -149,7 +192,7 @@ def preflight(
         BundleError: what `estimate` raises.
     """
     chosen = settings or MemorySettings(default_context(bundle.spec))
-    files = _Files(bundle)
+    files = _Files(bundle, this_host())
     needed = files.estimate(build, chosen)
     held = held_now()
     bounds = memory_limits() if limits is None else limits
@@ -167,40 +210,22 @@ def preflight(
 class _Files:
     """The sizes in a bundle's files, each read once."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        onnxruntime_api()
-        api = native_api()
-        self._info = api.llama_print_system_info() if repacks(api) else b""
-        self._base = held_now().resident + _STARTED
+    def __init__(self, bundle: Bundle, host: Host) -> None:
+        self.bundle, self.host = bundle, host
         self.gguf = functools.cache(self._gguf)
         self.onnx = functools.cache(self._onnx)
 
     def _gguf(self, path: str) -> GgufSizes:
-        return gguf_sizes(self.bundle.path(self._file(path)), self._info)
+        return gguf_sizes(self.bundle.path(self._file(path)), self.host.system_info)
 
     def _onnx(self, path: str) -> OnnxSizes:
-        return onnx_sizes(self.bundle.path(self._file(path)))
+        return onnx_sizes(self.bundle.path(self._file(path)), float16=self.host.gpu)
 
     def _file(self, path: str) -> BundleFile:
         return next(file for file in self.bundle.files if file.path == path)
 
     def estimate(self, build: Build, settings: MemorySettings) -> MemoryEstimate:
-        llm, vision = self.gguf(build.llm.path), self.onnx(build.vision.path)
-        kept, parsed = (0, vision.inline) if give_back() else (vision.inline, 0)
-        return MemoryEstimate(
-            base=self._base,
-            weights_llm=llm.mapped,
-            repacked=llm.repacked,
-            kv_cache=llm.kv_cache(settings.n_ctx, settings.type_k, settings.type_v),
-            compute=llm.compute(settings.n_ctx, settings.n_batch, settings.flash_attention) + llm.vocabulary,
-            vision_weights=vision.weights + kept,
-            vision_load=parsed,
-            vision_arena=_ALIVE * vision.largest,
-            picture=_PIXEL * settings.picture_pixels,
-            caches=settings.caches_bytes,
-            lazy=settings.lazy,
-        )
+        return estimate_sizes(self.gguf(build.llm.path), self.onnx(build.vision.path), settings, self.host)
 
 
 def _exceeded(

@@ -40,11 +40,19 @@ class OnnxSizes:
     """the largest value between two nodes, for a batch of one: one layer's attention scores, in a tower"""
 
 
-def onnx_sizes(path: Path) -> OnnxSizes:
-    """Read a graph's tensor sizes. Raises BundleError: missing, truncated, or not an ONNX file."""
+def onnx_sizes(path: Path, *, float16: bool = False) -> OnnxSizes:
+    """Read a graph's tensor sizes.
+
+    Args:
+        path: the graph.
+        float16: whether it runs where there are float16 kernels, as on a GPU.
+
+    Raises:
+        BundleError: missing, truncated, or not an ONNX file.
+    """
     with opened(path) as data:
         try:
-            return _sizes(data)
+            return _sizes(data, 1 if float16 else 2)
         except (Damaged, IndexError, UnicodeDecodeError) as error:
             raise BundleError(f"{path}: truncated or not an ONNX file ({error})", AGAIN) from error
 
@@ -59,7 +67,7 @@ def initializers(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
                     yield name, kind, size // _BYTES.get(kind, 1)
 
 
-def _sizes(data: mmap.mmap) -> OnnxSizes:
+def _sizes(data: mmap.mmap, widened: int) -> OnnxSizes:
     tensors: dict[str, tuple[int, int]] = {}  # name → kind, bytes
     values: dict[str, int] = {}
     outputs: set[str] = set()
@@ -78,9 +86,9 @@ def _sizes(data: mmap.mmap) -> OnnxSizes:
                 outputs.update(made)
                 scales += scale
             elif inner == _VALUE:
-                name, size = _value(data, first, last)
+                name, size = _value(data, first, last, widened)
                 values[name] = size
-    weights = sum(2 * size if kind == _FLOAT16 else size for kind, size in tensors.values())
+    weights = sum(widened * size if kind == _FLOAT16 else size for kind, size in tensors.values())
     # its kernel keeps a copy of the scales and, for each of them, the sum of the block's weights
     weights += 2 * sum(tensors[name][1] for name in scales if name in tensors)
     largest = max((size for name, size in values.items() if name in outputs), default=0)
@@ -116,7 +124,7 @@ def _node(data: mmap.mmap, place: int, end: int) -> tuple[list[str], list[str]]:
     return outputs, inputs[_SCALES : _SCALES + 1] if operator == b"MatMulNBits" else []
 
 
-def _value(data: mmap.mmap, place: int, end: int) -> tuple[str, int]:
+def _value(data: mmap.mmap, place: int, end: int, widened: int) -> tuple[str, int]:
     """Name and bytes of a ValueInfoProto's tensor.
 
     The exporter leaves two sizes open: the batch, which is first and counts as one, and the last of attention's scores,
@@ -136,7 +144,7 @@ def _value(data: mmap.mmap, place: int, end: int) -> tuple[str, int]:
                     elif number == 2 and wire == 2:
                         for _, *bounds in _children(data, begin, at):
                             sizes.append(_size(data, *bounds) or (sizes[-1] if sizes else 1))
-    return name, (2 if kind == _FLOAT16 else 1) * _BYTES.get(kind, 0) * math.prod(sizes)
+    return name, (widened if kind == _FLOAT16 else 1) * _BYTES.get(kind, 0) * math.prod(sizes)
 
 
 def _size(data: mmap.mmap, place: int, end: int) -> int:

@@ -47,6 +47,7 @@ from .text import (
 MAX_PICTURES = 16  # encoded together
 MAX_ROWS = 96  # questions decoded together
 CACHE_BYTES = 1 << 30  # most memory for the keys and values of one group
+Floats = npt.NDArray[np.float32]
 
 
 class ReferenceRuntime:
@@ -175,12 +176,9 @@ class ReferenceRuntime:
 
     def rounding_noise(self, probe: Probe) -> float:
         """Relative change of the tower's features when every pixel moves by its last bit: what rounding alone does."""
-        signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), probe.pixel_values.shape)
-        moved = (probe.pixel_values * (1 + signs * np.finfo(np.float32).eps)).astype(np.float32)
         with torch.inference_mode():
-            features = self.model.tower_features(torch.from_numpy(moved)[None])[0].numpy()
-        size = max(float(np.linalg.norm(probe.image_features.astype(np.float64))), 1e-12)
-        return float(np.linalg.norm(features.astype(np.float64) - probe.image_features)) / size
+            features = self.model.tower_features(torch.from_numpy(moved(probe.pixel_values))[None])[0].numpy()
+        return relative_change(features, probe.image_features)
 
     def warm_up(self) -> None:
         """Run every stage once on a grey picture."""
@@ -394,6 +392,19 @@ class ReferenceRuntime:
                     picked = [picked[index] for index in going]
                 mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
                 cache, logits = self._decode(embed(torch.tensor(picked)[:, None]), cache, mask, mask.sum(1, True) - 1)
+
+
+def moved(pixel_values: Floats) -> Floats:
+    """Pixels of any shape, each moved by its last bit, up or down: all roundings after them are drawn anew."""
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), pixel_values.shape)
+    found: Floats = (pixel_values * (1 + signs * np.finfo(np.float32).eps)).astype(np.float32)
+    return found
+
+
+def relative_change(ours: Floats, theirs: Floats) -> float:
+    """‖difference‖ / ‖theirs‖."""
+    size = max(float(np.linalg.norm(theirs.astype(np.float64))), 1e-12)
+    return float(np.linalg.norm(ours.astype(np.float64) - theirs)) / size
 
 
 def open_reference(

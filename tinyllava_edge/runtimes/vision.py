@@ -167,7 +167,7 @@ class Vision:
             outputs = session.run(names, inputs, options)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             raise EngineError(
-                f"{path}: ONNX Runtime stopped ({_one_line(error)})", "verify or export the bundle again"
+                f"{path}: ONNX Runtime stopped ({one_line(error)})", "verify or export the bundle again"
             ) from error
         for name, output, shape in zip(names, outputs, shapes, strict=True):
             if output.dtype != np.float32 or not _fits(output.shape, shape):
@@ -205,7 +205,7 @@ def open_session(path: Path, n_threads: int, providers: Sequence[str], parts: Co
         session = ort.InferenceSession(str(path), options, providers=with_options(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(
-            f"{path}: ONNX Runtime can't open it ({_one_line(error)})", "copy or export the bundle again"
+            f"{path}: ONNX Runtime can't open it ({one_line(error)})", "copy or export the bundle again"
         ) from error
     require_taken(path, session, providers)
     give_back()  # the parsed file, and weights that were packed since
@@ -232,5 +232,6 @@ def _fits(given: Sequence[Any], wanted: Sequence[int | None]) -> bool:
     )
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a library said, on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

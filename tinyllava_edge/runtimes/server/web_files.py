@@ -19,6 +19,7 @@ TYPES = {
     ".mjs": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
+    ".png": "image/png",
     ".json": "application/json",
     ".webmanifest": "application/manifest+json",
     ".wasm": "application/wasm",
@@ -73,9 +74,8 @@ def bundle_files(bundle: Bundle) -> dict[str, WebFile]:
 
 
 def web_precisions(bundle: Bundle) -> list[str]:
-    """The precisions that a bundle has web files of, in its manifest's order."""
-    graphs = [file for file in bundle.files if file.role == "web" and "/decoder_model_merged" in file.path]
-    return [file.precision for file in graphs]
+    """The precisions that a bundle has all web files of, in its manifest's order."""
+    return [build.precision for build in bundle.web_builds().values()]
 
 
 def shell_id(files: Mapping[str, WebFile]) -> str:
