@@ -6,25 +6,30 @@
 Every precision of the bundle's web files is compared with the edge runtime's most exact build (or --build), and with
 the annotated answers. Exit code 1 if a float precision agrees on less than 99 %. Quantised ones are different models:
 their share says what the quantisation changes, and how the right answers move says whether that matters.
+
+--out keeps every answer, so that other runtimes can be set beside them: `answers` lists for each question its id,
+words, picture, right answer, and what `edge` and each precision said.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyllava_edge.benchmarks.evaluation import sample_questions
+from tinyllava_edge.benchmarks.out_file import check_writable
 from tinyllava_edge.benchmarks.targets.browser_page import BrowserPage
 from tinyllava_edge.benchmarks.targets.browser_runtime import WebRuntime
 from tinyllava_edge.benchmarks.tasks import find
 from tinyllava_edge.benchmarks.tasks.base import Question
 from tinyllava_edge.bundle import read_bundle
+from tinyllava_edge.errors import TinyLlavaEdgeError, UsageError
+from tinyllava_edge.files import write_json
 from tinyllava_edge.runtimes.edge import open_edge
-from tinyllava_edge.runtimes.server.web_files import web_precisions
 
 LEAST = 0.99
 FLOAT = ("fp32", "fp16")
@@ -36,24 +41,43 @@ def answers(runtime: Any, questions: Sequence[Question], max_tokens: int) -> lis
 
 
 def compare(bundle: Path, build: str | None, precisions: Sequence[str], limit: int) -> dict[str, Any]:
-    """Shares of equal and of right answers of each precision, and where they differ."""
+    """Shares of equal and of right answers of each precision, and every answer.
+
+    Raises:
+        BundleError: not a bundle, or one without web files.
+        DependencyError: what the page needs is missing.
+        EngineError: a side ended with an error.
+        UsageError: the bundle has no such build, or no web files of such a precision.
+    """
     task = find("easy_vqa")
+    opened = read_bundle(bundle)
+    held = [web.precision for web in opened.web_builds().values()]
+    for precision in precisions:
+        if precision not in held:
+            raise UsageError(f"{bundle}: no web files of precision {precision}", f"it has: {', '.join(held) or 'none'}")
     questions = sample_questions(task.load(Path()), limit)
     gold = [str(question.expected) for question in questions]
-    edge = open_edge(bundle, build, allow_unverified=True)
-    wanted = answers(edge, questions, task.max_tokens)
-    found: dict[str, Any] = {"edge": edge.build, "questions": len(questions), "edge_right": right(wanted, gold)}
-    edge.close()
-    with BrowserPage(bundle) as page:
-        found["environment"] = page.environment()
-        for precision in precisions or web_precisions(read_bundle(bundle)):
-            runtime = WebRuntime(page, read_bundle(bundle), precision)
+    with BrowserPage(bundle) as page:  # first, so that a missing browser is said before anything is asked
+        with contextlib.closing(open_edge(bundle, build, allow_unverified=True)) as edge:
+            wanted = answers(edge, questions, task.max_tokens)
+        found: dict[str, Any] = {
+            "bundle_sha256": opened.sha256,
+            "edge": edge.build,
+            "questions": len(questions),
+            "edge_right": right(wanted, gold),
+            "environment": page.environment(),
+        }
+        kept: list[dict[str, str]] = [
+            {"id": q.id, "question": q.prompt, "image": q.image, "expected": expected, "edge": answer}
+            for q, expected, answer in zip(questions, gold, wanted, strict=True)
+        ]
+        for precision in dict.fromkeys(precisions or held):
+            runtime = WebRuntime(page, opened, precision)
             given = answers(runtime, questions, task.max_tokens)
             runtime.close()
-            pairs = zip(questions, wanted, given, strict=True)
-            differ = [
-                [question.id, question.prompt, ours, theirs] for question, ours, theirs in pairs if ours != theirs
-            ]
+            for line, answer in zip(kept, given, strict=True):
+                line[precision] = answer
+            differ = [line["id"] for line in kept if line[precision] != line["edge"]]
             found[precision] = {
                 "equal": 1 - len(differ) / len(questions),
                 "right": right(given, gold),
@@ -64,6 +88,7 @@ def compare(bundle: Path, build: str | None, precisions: Sequence[str], limit: i
             print(
                 f"{precision}: {found[precision]['equal']:.1%} equal, {found[precision]['right']:.1%} right", flush=True
             )
+    found["answers"] = kept
     return found
 
 
@@ -82,10 +107,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
     chosen = [word for word in asked.precision.split(",") if word]
-    found = compare(asked.bundle, asked.build, chosen, asked.questions)
+    try:
+        if asked.questions < 1:
+            raise UsageError(f"--questions {asked.questions}", "ask at least one")
+        if asked.out is not None:
+            check_writable(asked.out)
+        found = compare(asked.bundle, asked.build, chosen, asked.questions)
+        if asked.out is not None:
+            write_json(asked.out, found)
+    except TinyLlavaEdgeError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
+        return error.exit_code
     print(f"edge {found['edge']}: {found['edge_right']:.1%} right, {found['questions']} questions")
-    if asked.out is not None:
-        asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(any(found[name]["equal"] < LEAST for name in FLOAT if name in found))
 
 

@@ -105,6 +105,15 @@ def test_odd_entries_are_refused_in_one_short_line(made: Path, key: str, value: 
     assert len(error.value.message) < 300 + len(str(made)) and error.value.message.isprintable()
 
 
+def test_a_role_of_a_newer_version(made: Path) -> None:
+    """Named, with both ways out."""
+    manifest = made / b.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"role": "llm"', '"role": "sound"'))
+    with pytest.raises(BundleError, match="odd role or precision: 'sound'") as caught:
+        b.read_bundle(made)
+    assert "update tinyllava-edge here" in caught.value.hint and "export it again" in caught.value.hint
+
+
 @pytest.fixture
 def split(tmp_path: Path) -> Path:
     """Its GGUF has three shards and its vision graph keeps the weights beside itself; an mmproj and a text."""
@@ -181,6 +190,64 @@ def test_entries_can_not_leave_the_bundle(made: Path, entry: str) -> None:
     manifest["files"][0]["path"] = entry
     (made / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="leaves the bundle"):
+        b.read_bundle(made)
+
+
+@pytest.mark.parametrize(
+    ("role", "place"),
+    [
+        ("mobile", "bundle.json"),
+        ("mobile", "verified.json"),
+        ("mobile", "profile.json"),
+        ("mobile", "mobile.ort"),
+        ("web", "llm.onnx"),
+        ("web", "mobile/a.onnx"),
+        ("text", "bundle.json"),
+        ("text", "verified.json"),
+        ("text", "./bundle.json"),
+        ("text", "mobile//a"),
+    ],
+)
+@pytest.mark.parametrize("part", [False, True])
+def test_files_lie_in_the_place_of_their_role(made: Path, role: str, place: str, part: bool) -> None:
+    """Nothing stands for our own two files, and nothing else for what apps and pages load."""
+    known = {"sha256": "0", "bytes": 1}
+    right = f"{role}/a" if role != "text" else "NOTES.md"
+    entry = {"path": place, "role": role, "precision": "x", "tensor_types": {}, **known}
+    if part:
+        entry |= {"path": right, "parts": [{"path": place, **known}]}
+    with_files(made, entry | {"path": right, "parts": []})
+    assert b.read_bundle(made).files[-1].path == right
+    with_files(made, entry)
+    with pytest.raises(BundleError, match="lies outside|in the place of|odd path"):
+        b.read_bundle(made)
+
+
+def with_files(root: Path, *entries: dict[str, object]) -> None:
+    """Put entries behind the five of FILES."""
+    manifest = json.loads((root / "bundle.json").read_text())
+    manifest["files"][len(FILES) :] = entries
+    (root / "bundle.json").write_text(json.dumps(manifest))
+
+
+def web_entry(path: str, precision: str) -> dict[str, object]:
+    return {"path": path, "role": "web", "precision": precision, "sha256": "0", "bytes": 1, "tensor_types": {}}
+
+
+def test_one_graph_of_a_kind_and_precision(made: Path) -> None:
+    """Else the order of the list would decide which one is run. What only begins like a graph is none."""
+    stems = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    texts = [web_entry(f"web/{name}.json", "text") for name in ("tokenizer", "tokenizer_config", "generation_config")]
+    graphs = [web_entry(f"web/onnx/{stem}_q4.onnx", "q4") for stem in stems]
+    more = [web_entry("web/onnx/decoder_model_merged.onnx.bak", "q4"), web_entry("web/onnx/decoder_model_x.onnx", "q4")]
+    with_files(made, *more, *graphs, *texts)
+    assert b.read_bundle(made).web_builds()["web-q4"].decoder.path == "web/onnx/decoder_model_merged_q4.onnx"
+    for stem in stems:
+        with_files(made, web_entry(f"web/onnx/{stem}_evil.onnx", "q4"), *graphs, *texts)
+        with pytest.raises(BundleError, match=f"lists two files for {stem} of precision q4"):
+            b.read_bundle(made)
+    with_files(made, web_entry("llm-evil.gguf", "f16") | {"role": "llm"})
+    with pytest.raises(BundleError, match="lists two files for llm of precision f16"):
         b.read_bundle(made)
 
 

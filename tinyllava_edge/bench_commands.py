@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .bundle import WEB
 from .errors import UsageError
 from .export.options import names
 
@@ -176,7 +177,7 @@ def _places(target: str, devices: str) -> dict[str, list[str]]:
 
 def _builds(names: Sequence[str] | None, places: Mapping[str, Sequence[str]]) -> dict[str, list[str] | None]:
     """Place → builds to measure there, None for all: a browser's are named `web-…`, other places take the rest."""
-    web = [name for name in names or () if name.startswith("web-")]
+    web = [name for name in names or () if name.startswith(WEB)]
     rest = [name for name in names or () if name not in web]
     found: dict[str, list[str] | None] = {}
     for place in places:

@@ -7,11 +7,13 @@
     llm-f16.gguf        token embedding + decoder + tokenizer; one file, or one set of shards, per LLM type
     mmproj-….gguf       tower + connector for llama.cpp's own programs; optional
     web/                transformers.js layout; optional
+    mobile/             .ort, .pte, .tflite … for native hosts; optional
     Modelfile, …        texts for people and other programs; optional
     verified.json       written by `verify` for this very bundle.json; names the builds that passed
 
 A file may have parts: the further shards of a GGUF, or the weights that an ONNX graph keeps beside itself.
-A build is a vision precision × an LLM type, named `{vision}+{llm}`, e.g. `int8+q4_k_m`.
+A build is a vision precision × an LLM type, named `{vision}+{llm}`, e.g. `int8+q4_k_m`. What a browser runs of `web/`
+is a build, too, named after its precision, e.g. `web-q4`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError, CheckpointError, UnverifiedError, UsageError
@@ -33,7 +35,13 @@ MANIFEST = "bundle.json"
 STAMP = "verified.json"
 MAX_MANIFEST_BYTES = 4 << 20
 ROLES = ("preprocess", "vision", "llm")  # what every bundle holds
-OPTIONAL_ROLES = ("mmproj", "web", "text")
+OPTIONAL_ROLES = ("mmproj", "web", "mobile", "text")
+WEB = "web-"  # in front of a web precision: the name of a browser's build
+_ODD = "export it again, or update tinyllava-edge here: newer versions may write what this one doesn't know"
+_WEB_GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+_WEB_GRAPH = re.compile(rf"web/onnx/({'|'.join(_WEB_GRAPHS)})(_[a-z0-9_]+)?\.onnx")  # as in the page's manifest.ts
+_BELOW = {"web": "web/", "mobile": "mobile/"}  # where files of a role lie; their parts, too
+_WEB_TEXTS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class BundleFile:
     role: str
     """one of ROLES or OPTIONAL_ROLES"""
     precision: str
-    """vision: fp32, int8 …; llm and mmproj: f16, q8_0, q4_k_m …; web: fp32, q4 …; `text` for texts"""
+    """vision: fp32, int8 …; llm, mmproj: f16, q8_0, q4_k_m …; web: fp32, q4 …; mobile: ort_int8 …; `text` for texts"""
     sha256: str
     """hex digest of the file's bytes"""
     bytes: int
@@ -103,6 +111,36 @@ class Build:
 
 
 @dataclass(frozen=True)
+class WebBuild:
+    """What a browser runs: one web precision."""
+
+    name: str
+    """`web-{precision}`"""
+    precision: str
+    """of the graphs, in transformers.js's words"""
+    preprocess: BundleFile
+    """the preprocessing graph, the same for every build"""
+    vision: BundleFile
+    """pixel_values → image embeddings"""
+    embed: BundleFile
+    """input_ids → embeddings"""
+    decoder: BundleFile
+    """embeddings → logits"""
+    texts: tuple[BundleFile, ...]
+    """tokenizer.json, tokenizer_config.json, generation_config.json"""
+
+    @property
+    def bytes(self) -> int:
+        """What a browser loads, in bytes."""
+        return sum(file.total_bytes for file in self.files)
+
+    @property
+    def files(self) -> tuple[BundleFile, ...]:
+        """The files that the page reads."""
+        return (self.preprocess, self.vision, self.embed, self.decoder, *self.texts)
+
+
+@dataclass(frozen=True)
 class Bundle:
     """An opened bundle. Opening reads the manifest; `check` reads the files."""
 
@@ -140,6 +178,29 @@ class Bundle:
             raise UsageError(f"{self.root}: no build {name!r}", f"it holds: {', '.join(builds)}")
         return builds[name]
 
+    def web_builds(self) -> dict[str, WebBuild]:
+        """What browsers can run, in the manifest's order, by name: every precision whose files are all there."""
+        web = [file for file in self.files if file.role == "web"]
+        preprocess = next(file for file in self.files if file.role == "preprocess")
+        texts = tuple(file for name in _WEB_TEXTS for file in web if file.path == f"web/{name}")
+        found = {}
+        for precision in dict.fromkeys(file.precision for file in web):
+            of = [file for file in web if file.precision == precision]
+            vision, embed, decoder = (
+                next((file for file in of if _web_graph(file) == stem), None) for stem in _WEB_GRAPHS
+            )
+            if vision and embed and decoder and len(texts) == len(_WEB_TEXTS):
+                name = WEB + precision
+                found[name] = WebBuild(name, precision, preprocess, vision, embed, decoder, texts)
+        return found
+
+    def any_build(self, name: str) -> Build | WebBuild:
+        """A build or a browser's build by name. Raises UsageError that lists the names of both."""
+        builds: dict[str, Build | WebBuild] = {**self.builds(), **self.web_builds()}
+        if name not in builds:
+            raise UsageError(f"{self.root}: no build {name!r}", f"it holds: {', '.join(builds)}")
+        return builds[name]
+
     def path(self, file: BundleFile | BundlePart) -> Path:
         """Absolute place of a file, certain to lie inside the bundle; of a GGUF in shards, the first."""
         return safe_join(self.root, file.path)
@@ -148,7 +209,7 @@ class Bundle:
         """Absolute places of a file and its parts, in order."""
         return tuple(self.path(entry) for entry in file.entries)
 
-    def check(self, build: Build | None = None) -> None:
+    def check(self, build: Build | WebBuild | None = None) -> None:
         """Compare sizes and hashes of a build's files, or of all files, parts included.
 
         Raises:
@@ -189,12 +250,12 @@ class Bundle:
         builds = stamp.get("builds")
         return dict(builds) if isinstance(builds, dict) else {}
 
-    def is_verified(self, build: Build) -> bool:
+    def is_verified(self, build: Build | WebBuild) -> bool:
         """Whether `verify` passed this build of this manifest."""
         record = self.verified_builds().get(build.name)
         return isinstance(record, dict) and record.get("passed") is True
 
-    def require_verified(self, build: Build, allow_unverified: bool = False) -> None:
+    def require_verified(self, build: Build | WebBuild, allow_unverified: bool = False) -> None:
         """Raise UnverifiedError unless the build is stamped or the caller allows it."""
         if not allow_unverified and not self.is_verified(build):
             raise UnverifiedError(
@@ -211,7 +272,8 @@ def read_bundle(root: str | Path) -> Bundle:
     """Read and check a bundle's manifest; files are opened by who needs them.
 
     Raises:
-        BundleError: missing, not JSON, another schema, or an entry that leaves the directory.
+        BundleError: missing, not JSON, another schema, an entry that leaves the directory or its role's place, or two
+            files of one place.
     """
     root = Path(root)
     path = root / MANIFEST
@@ -234,6 +296,7 @@ def read_bundle(root: str | Path) -> Bundle:
     paths = [entry.path for file in files for entry in file.entries]
     if len(set(paths)) != len(paths):
         raise BundleError(f"{path}: lists a file twice", "export the bundle again")
+    _check_once(path, files)
     for role in ROLES:
         if not any(f.role == role for f in files):
             raise BundleError(f"{path}: lists no {role} file", "export the bundle again")
@@ -331,10 +394,33 @@ def _file(path: Path, root: Path, entry: Any) -> BundleFile:
     plain = {key: value for key, value in entry.items() if key != "parts"} if isinstance(entry, dict) else entry
     _check_entry(path, root, plain, _FILE_KEYS)
     if plain["role"] not in ROLES + OPTIONAL_ROLES or not re.fullmatch(r"[a-z0-9_]{1,32}", plain["precision"]):
-        raise BundleError(f"{path}: a file has an odd role or precision: {plain['role'][:40]!r}", "export it again")
+        raise BundleError(f"{path}: a file has an odd role or precision: {plain['role'][:40]!r}", _ODD)
     for part in parts:
         _check_entry(path, root, part, _PART_KEYS)
-    return BundleFile(**plain, parts=tuple(BundlePart(**part) for part in parts))
+    file = BundleFile(**plain, parts=tuple(BundlePart(**part) for part in parts))
+    below = _BELOW.get(file.role, "")
+    for one in file.entries:
+        if one.path in (MANIFEST, STAMP) or not one.path.startswith(below):
+            place = f"outside {below}" if below else "in the place of one of ours"
+            raise BundleError(f"{path}: a {file.role} file lies {place}: {one.path[:80]!r}", "export the bundle again")
+    return file
+
+
+def _web_graph(file: BundleFile) -> str:
+    """Which of the page's graphs a file is; empty for others."""
+    found = _WEB_GRAPH.fullmatch(file.path) if file.role == "web" else None
+    return found[1] if found else ""
+
+
+def _check_once(path: Path, files: Sequence[BundleFile]) -> None:
+    """Raise BundleError for two files of one part and precision: which of them is run would be chance."""
+    seen = set()
+    for file in files:
+        part = file.role if file.role in ROLES else _web_graph(file)
+        if (part, file.precision) in seen:
+            raise BundleError(f"{path}: lists two files for {part} of precision {file.precision}", "export it again")
+        if part:
+            seen.add((part, file.precision))
 
 
 def _check_entry(path: Path, root: Path, entry: Any, wanted: Mapping[str, type]) -> None:
@@ -346,3 +432,5 @@ def _check_entry(path: Path, root: Path, entry: Any, wanted: Mapping[str, type])
     if not _plain(entry["path"]) or not 0 <= entry["bytes"] < 1 << 63:
         raise BundleError(f"{path}: a file has an odd path or size", "export the bundle again")
     safe_join(root, entry["path"])
+    if PurePosixPath(entry["path"]).as_posix() != entry["path"]:  # a//b and ./a/b would be a/b a second time
+        raise BundleError(f"{path}: a file has an odd path: {entry['path'][:80]!r}", "export the bundle again")

@@ -87,9 +87,15 @@ def evaluate(
     task: Task = "easy_vqa",
     data: Data = None,
     images: Images = None,
-    build: Annotated[str, typer.Option("--build", help="Builds, comma list; all by default.")] = "",
+    build: Annotated[
+        str,
+        typer.Option("--build", help="Builds, comma list; by default all but a browser's, which are named web-q4 …"),
+    ] = "",
     runtime: Annotated[
-        str, typer.Option("--runtime", help="edge, mtmd (llama.cpp alone, from the mmproj), or reference (torch).")
+        str,
+        typer.Option(
+            "--runtime", help="edge, mtmd (llama.cpp alone, from the mmproj), web (in a browser), or reference."
+        ),
     ] = "",
     device: Device = "cpu",
     threads: Threads = None,

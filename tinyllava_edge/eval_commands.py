@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import MANIFEST, read_bundle
-from .errors import DataError, DependencyError, UsageError
+from .bundle import MANIFEST, WEB, Bundle, read_bundle
+from .errors import BundleError, DataError, DependencyError, UsageError
 
 if TYPE_CHECKING:
     from .benchmarks.evaluation import EvalResult
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .runtimes.base import Runtime
 
 Progress = Callable[[str], None]
-RUNTIMES = ("edge", "mtmd", "reference")
+RUNTIMES = ("edge", "mtmd", "web", "reference")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Opening:
     """How runtimes are opened."""
 
     runtime: str = ""
-    """one of RUNTIMES; by default `edge` for a bundle and `reference` for a checkpoint"""
+    """one of RUNTIMES; by default a bundle's builds run where their names say (`web-…` in a browser, others on `edge`)
+    and a checkpoint on `reference`"""
     device: str = "cpu"
     """of the edge runtime: cpu, cuda or auto"""
     n_threads: int | None = None
@@ -344,7 +345,29 @@ def build_names(model: Path, builds: Sequence[str], runtime: str = "") -> list[s
             raise UsageError(f"{model} is no bundle, so it has no builds", "drop --build, or name a bundle")
         return []
     bundle = read_bundle(model)
-    return [bundle.build(name).name for name in builds or bundle.builds()]
+    if runtime == "web" and not bundle.web_builds():
+        raise BundleError(f"{model}: holds no web files", "export it again with --web q4")
+    chosen = builds or list(bundle.web_builds() if runtime == "web" else bundle.builds())
+    for name in chosen:
+        bundle.any_build(name)
+        if runtime and name.startswith(WEB) != (runtime == "web"):
+            raise UsageError(f"the {runtime} runtime does not run build {name}", "drop --runtime, or name other builds")
+    return list(chosen)
+
+
+def check_browser(bundle: Bundle, builds: Sequence[str], opening: Opening) -> None:
+    """Say before other builds are run what a browser would refuse.
+
+    Raises:
+        UsageError: a device or a context size, which the page chooses itself.
+        UnverifiedError: a build without a stamp.
+    """
+    found = [build for name, build in bundle.web_builds().items() if name in builds]
+    if found and (opening.device != "cpu" or opening.n_ctx is not None):
+        flag = "--ctx-size" if opening.n_ctx is not None else "--device"
+        raise UsageError(f"{flag} means nothing to a browser", f"leave it out for {found[0].name}")
+    for build in found:
+        bundle.require_verified(build, opening.allow_unverified)
 
 
 def open_runtimes(model: Path, builds: Sequence[str], opening: Opening) -> Iterator[tuple[str, Runtime]]:
@@ -356,8 +379,14 @@ def open_runtimes(model: Path, builds: Sequence[str], opening: Opening) -> Itera
         yield f"reference-{reference.build}", reference
         return
     bundle = read_bundle(model)
+    check_browser(bundle, builds, opening)
     for name in builds:
-        if opening.runtime == "mtmd":
+        if name.startswith(WEB):
+            from .benchmarks.targets.browser_runtime import open_web
+
+            page: Any = open_web(bundle, bundle.web_builds()[name], threads=opening.n_threads)
+            yield name, page
+        elif opening.runtime == "mtmd":
             from .runtimes.edge import sizes
             from .runtimes.mtmd import open_mtmd
 

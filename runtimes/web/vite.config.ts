@@ -8,7 +8,7 @@ import { defaultClientConditions, defineConfig, type Plugin } from "vite";
 const runtime = dirname(createRequire(import.meta.url).resolve("onnxruntime-web/wasm"));
 const version = (JSON.parse(readFileSync(join(runtime, "../package.json"), "utf-8")) as { version: string }).version;
 const BINARIES = ["ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify"];
-const PUBLIC = ["icon.svg", "manifest.webmanifest"];
+const PUBLIC = ["icon.svg", "icon-192.png", "icon-512.png", "icon-maskable-512.png", "manifest.webmanifest"];
 
 /** ONNX Runtime's own files, unchanged and under their own names: it starts its threads from them. */
 function runtimeFiles(): Plugin {
@@ -20,6 +20,21 @@ function runtimeFiles(): Plugin {
         this.emitFile({ type: "asset", fileName: `ort/${name}`, source: readFileSync(join(runtime, name)) });
       }
     },
+  };
+}
+
+/** The server's policy (web_app.py) in the page itself, for hosts that send none; `frame-ancestors` works in headers only. */
+function contentPolicy(): Plugin {
+  const content =
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; worker-src 'self'; style-src 'self'; " +
+    "img-src 'self' blob:; connect-src 'self'; media-src 'self' blob:; manifest-src 'self'; " +
+    "base-uri 'none'; form-action 'none'";
+  return {
+    name: "content-policy",
+    apply: "build",
+    transformIndexHtml: () => [
+      { tag: "meta", attrs: { "http-equiv": "Content-Security-Policy", content }, injectTo: "head-prepend" },
+    ],
   };
 }
 
@@ -52,7 +67,7 @@ export default defineConfig({
   base: "./",
   define: { ORT_VERSION: JSON.stringify(version) },
   resolve: { conditions: ["onnxruntime-web-use-extern-wasm", ...defaultClientConditions] },
-  plugins: [runtimeFiles(), shellList()],
+  plugins: [runtimeFiles(), contentPolicy(), shellList()],
   worker: { format: "es" },
   build: {
     target: "es2022",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,19 @@ from tinyllava_edge.benchmarks.targets.browser_page import VARIABLE, BrowserPage
 from tinyllava_edge.benchmarks.targets.browser_runtime import WebRuntime
 from tinyllava_edge.bundle import read_bundle
 from tinyllava_edge.cli import app
-from tinyllava_edge.errors import BundleError, DependencyError, EngineError, UnverifiedError, UsageError
+from tinyllava_edge.errors import (
+    BundleError,
+    DependencyError,
+    EngineError,
+    TinyLlavaEdgeError,
+    UnverifiedError,
+    UsageError,
+)
 from tinyllava_edge.export.bundle_writer import export_bundle
+from tinyllava_edge.export.verify_pictures import photograph
 from tinyllava_edge.runtimes.server.web_files import default_dist
+
+from ..conftest import make_checkpoint
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_page = pytest.mark.skipif(
@@ -131,6 +143,131 @@ def ask(bundle: Path, target: str, builds: str = "", **more: Any) -> None:
     )  # fmt: skip
 
 
+@pytest.fixture
+def stamped(bundle: Path, tmp_path: Path) -> Path:
+    """Fp32 verified in earnest, for the edge runtime and for browsers; q4 is not."""
+    from tinyllava_edge.export.verify import verify
+
+    out = Path(shutil.copytree(bundle, tmp_path / "stamped"))
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "NanoSig")
+    picture = tmp_path / "a.png"
+    picture.write_bytes(photograph(97, 60))
+    builds = ["fp32+f32", "web-fp32"]
+    assert verify(out, checkpoint, builds=builds, pictures=[picture], n_threads=1).passed
+    return out
+
+
+@needs_page
+def test_evaluated_and_measured_beside_the_edge_builds(stamped: Path, tmp_path: Path) -> None:
+    """`eval` and `bench` of a verified web build need no leave; one report has accuracy and latency of both targets."""
+    run = CliRunner()
+    common = [
+        "eval",
+        str(stamped),
+        "--task",
+        "easy_vqa",
+        "--limit",
+        "12",
+        "-t",
+        "1",
+        "-o",
+        str(tmp_path / "eval.jsonl"),
+    ]
+    done = run.invoke(app, [*common, "--build", "fp32+f32,web-fp32", "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    scored = json.loads(done.stdout)["results"]["easy_vqa"]
+    assert scored["web-fp32"]["runtime"] == "web" and scored["fp32+f32"]["runtime"] == "edge"
+    assert scored["web-fp32"]["scores"] == scored["fp32+f32"]["scores"] and scored["web-fp32"]["n"] == 12
+    web, edge = (read_results([tmp_path / f"eval-{name}.jsonl"]) for name in ("web-fp32", "fp32+f32"))
+    answers = [[line.detail["given"] for line in lines if line.kind == "answer"] for lines in (web, edge)]
+    assert len(answers[0]) == 12 and answers[0] == answers[1]
+    for kind in ("environment", "run", "answer", "accuracy"):
+        assert {line.target for line in web if line.kind == kind} == {"browser"}, kind
+    assert {line.runtime for line in web if line.kind in ("run", "answer", "accuracy")} == {"web"}
+    timed = [line.detail["timings_ms"] for line in web if line.kind == "answer"]
+    assert all(one["vision_ms"] > 0 and one["prefill_ms"] > 0 for one in timed)
+    facts = next(line.detail["runtime"] for line in web if line.kind == "environment")
+    assert facts["verified"] is True and "Chrome" in facts["user_agent"] and facts["self_test"]["outcome"]
+    again = run.invoke(app, [*common, "--runtime", "web", "--build", "web-fp32", "--json"], catch_exceptions=False)
+    assert again.exit_code == 0, again.output
+    bench = ["bench", str(stamped), "--target", "cpu,browser", "--build", "fp32+f32,web-fp32", "-t", "1"]
+    bench += ["-r", "3", "--min-time", "0", "--max-tokens", "4", "--resolution", "0", "--no-memory"]
+    done = run.invoke(app, [*bench, "-o", str(tmp_path / "bench.jsonl")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    files = [tmp_path / name for name in ("eval-web-fp32.jsonl", "eval-fp32+f32.jsonl", "bench.jsonl")]
+    page = tmp_path / "report.html"
+    done = run.invoke(app, ["report", *map(str, files), "-o", str(page)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    rows = {(row.target, row.build): row for row in summarise(read_results(files)).rows}
+    assert set(rows) == {("browser", "web-fp32"), ("cpu", "fp32+f32")}
+    for row in rows.values():
+        assert row.accuracy is not None and row.n == 12 and row.ttft is not None and row.bytes and row.verified is True
+        assert not row.answered_on
+    text = page.read_text(encoding="utf-8")
+    assert "web-fp32" in text and "fp32+f32" in text and "browser" in text
+
+
+@needs_page
+def test_a_damaged_file_is_named_with_its_remedy(bundle: Path, tmp_path: Path) -> None:
+    """Changed, cut, longer, gone; what is no file's fault keeps the other hint."""
+    bad = Path(shutil.copytree(bundle, tmp_path / "bad"))
+    graph = bad / "web/onnx/vision_encoder_q4.onnx"
+    right = graph.read_bytes()
+    with BrowserPage(bad) as page:
+        for data, words in (
+            (right[:-1] + bytes([right[-1] ^ 1]), "its SHA-256 differs"),
+            (right[:-1], f"{len(right) - 1} bytes, {len(right)} expected"),
+            (right + b"x", f"longer than its {len(right)} bytes"),
+        ):
+            graph.write_bytes(data)
+            with pytest.raises(EngineError) as error:
+                page.open("q4", provider="wasm", threads=1)
+            assert error.value.message.startswith(f"the browser: web/onnx/vision_encoder_q4.onnx: {words}")
+            assert error.value.hint == "copy the file again, or export again"
+        graph.unlink()
+        with pytest.raises(EngineError, match=r"^the browser: web/onnx/vision_encoder_q4\.onnx") as error:
+            page.open("q4", provider="wasm", threads=1)
+        assert error.value.hint == "copy the file again, or export again"
+        with pytest.raises(EngineError, match="^the browser: the bundle has no ") as error:
+            page.open("q8", provider="wasm", threads=1)
+        assert "try the page by hand" in error.value.hint
+    graph.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    command = ["eval", str(bad), "--task", "easy_vqa", "--limit", "1", "--build", "web-q4", "--allow-unverified"]
+    done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "eval.jsonl")])
+    assert isinstance(done.exception, EngineError) and done.exception.hint == "copy the file again, or export again"
+
+
+@needs_page
+def test_agreement_keeps_every_answer(bundle: Path, tmp_path: Path) -> None:
+    """benchmarks/browser_agreement.py: question by question what was asked, what is right, and what each side said."""
+    script = Path(__file__).parents[2] / "benchmarks" / "browser_agreement.py"
+    command = [sys.executable, str(script), str(bundle), "--questions", "6", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    rows = found["answers"]
+    assert len(rows) == found["questions"] == 6 and len({row["id"] for row in rows}) == 6
+    assert all(set(row) == {"id", "question", "image", "expected", "edge", "fp32", "q4"} for row in rows)
+    assert all(row["edge"] == row["fp32"] for row in rows) and found["fp32"]["equal"] == 1
+    assert found["q4"]["differ"] == [row["id"] for row in rows if row["q4"] != row["edge"]]
+
+
+def test_what_a_browser_does_not_take(bundle: Path, tiny_bundle: Path) -> None:
+    """Said before anything is asked."""
+    for root, arguments, words in (
+        (bundle, ["--build", "web-fp32"], "carries no `verified` stamp"),
+        (bundle, ["--build", "web-fp32", "--allow-unverified", "-c", "64"], "--ctx-size means nothing to a browser"),
+        (bundle, ["--build", "web-fp32", "--allow-unverified", "--device", "cuda"], "--device means nothing"),
+        (bundle, ["--build", "web-q8"], "no build 'web-q8'"),
+        (bundle, ["--build", "web-q4", "--runtime", "edge"], "the edge runtime does not run build web-q4"),
+        (bundle, ["--build", "fp32+f32", "--runtime", "web"], "the web runtime does not run build fp32+f32"),
+        (tiny_bundle, ["--runtime", "web"], "holds no web files"),
+    ):
+        done = CliRunner().invoke(app, ["eval", str(root), "--task", "easy_vqa", "--limit", "1", *arguments])
+        assert isinstance(done.exception, TinyLlavaEdgeError), (arguments, done.output)
+        assert words in done.exception.message and done.exception.hint
+
+
 def test_refused_before_anything_is_measured(bundle: Path, tiny_bundle: Path) -> None:
     """Wrong builds, tests that browsers don't run, a missing stamp: each with the next step."""
     with pytest.raises(UsageError, match="no browser build 'web-q8'") as wrong:
@@ -144,9 +281,9 @@ def test_refused_before_anything_is_measured(bundle: Path, tiny_bundle: Path) ->
         ask(bundle, "cpu", "web-q4")
     with pytest.raises(UsageError, match="-p and -n"):
         ask(bundle, "browser", grid={"prompt": "16"})
-    with pytest.raises(UnverifiedError) as unverified:
+    with pytest.raises(UnverifiedError, match="build web-fp32 carries no `verified` stamp") as unverified:
         ask(bundle, "browser", allow_unverified=False)
-    assert "--allow-unverified" in unverified.value.hint
+    assert "verify" in unverified.value.hint and "--allow-unverified" in unverified.value.hint
     with pytest.raises(BundleError, match="no web files"):
         ask(tiny_bundle, "browser")
     with pytest.raises(UsageError, match="--target 'firefox'"):

@@ -181,6 +181,9 @@ def test_no_overwrite(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (out / "mine.txt").write_text("mine")
     with pytest.raises(StorageError, match="exists already"):
         export_bundle(tiny_checkpoint, out, progress=lambda text: pytest.fail(text))
+    with pytest.raises(StorageError, match="something else"):
+        export_bundle(tiny_checkpoint, out, force=True, progress=lambda text: pytest.fail(text))
+    (out / "bundle.json").write_text("{}")  # what an export leaves
 
     def fail(text: str) -> None:
         if text.startswith("language model: q4_0"):

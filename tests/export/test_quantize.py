@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -299,3 +300,32 @@ def test_hostile_headers(name: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"bad\.gguf: not a sound GGUF file") as caught:
         read_header(path)
     assert "\n" not in caught.value.message
+
+
+def test_a_plan_writes_nothing_and_names_another_target(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp
+
+    before, real, seen = source.read_bytes(), llama_cpp.llama_model_quantize, []
+
+    def watched(given: bytes, target: bytes, parameters: object) -> int:
+        code: int = real(given, target, parameters)
+        seen.append((Path(os.fsdecode(given)), Path(os.fsdecode(target)), Path(os.fsdecode(target)).exists()))
+        return code
+
+    monkeypatch.setattr(llama_cpp, "llama_model_quantize", watched)
+    assert quantize.planned_types(source, "q8_0")
+    [(given, target, written)] = seen
+    assert given == source != target and not written and source.read_bytes() == before
+
+
+def test_an_engine_without_a_dry_run_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ctypes takes a name that isn't a field without a word, and the engine would quantise in earnest."""
+    import llama_cpp
+
+    class Older(ctypes.Structure):
+        _fields_ = [field for field in llama_cpp.llama_model_quantize_params._fields_ if field[0] != "dry_run"]
+
+    monkeypatch.setattr(llama_cpp, "llama_model_quantize_default_params", Older)
+    monkeypatch.setattr(llama_cpp, "llama_model_quantize", lambda *_: pytest.fail("it was called"))
+    with pytest.raises(ExportError, match="no dry run"):
+        quantize.planned_types(source, "q8_0")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import http.client
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +36,8 @@ from tinyllava_edge.tokenizer_files import fast_tokenizer
 from tinyllava_edge.tokenizer_sections import FIRST, SectionTokenizer, token_bytes
 
 from .. import tiny_tokenizers as tiny
+from .web_page import Tab, drop, encoded, needs_page, rgb, served
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_page = pytest.mark.skipif(
-    CHROMIUM is None or not (default_dist() / "sw.js").is_file(),
-    reason="needs Chromium (apt install chromium) and the built page (make web)",
-)
 QUESTION = "what color is the shape?"
 
 
@@ -72,31 +64,6 @@ def edge(bundle: Path) -> Iterator[Any]:
     opened = open_edge(bundle, n_threads=1, allow_unverified=True)
     yield opened
     opened.close()
-
-
-@contextlib.contextmanager
-def served(bundle: Path, **options: Any) -> Iterator[WebServer]:
-    server = WebServer(bundle, ServerOptions(port=options.pop("port", 0), web=True, **options))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(10)
-
-
-def rgb(seed: int = 0, size: tuple[int, int] = (90, 70)) -> Image.Image:
-    """A ramp with noise."""
-    ramp = np.add.outer(np.linspace(0, 200, size[1]), np.linspace(0, 50, size[0]))[..., None] * np.array([1, 0.7, 0.4])
-    noise = np.random.default_rng(seed).normal(0, 5, ramp.shape)
-    return Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
-
-
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, kind, **options)
-    return data.getvalue()
 
 
 def transparent() -> Image.Image:
@@ -190,48 +157,6 @@ def test_refusals(web: WebRuntime, page: BrowserPage) -> None:
     assert web.facts["self_test"]["outcome"] == "reference" and web.facts["threads"] >= 1
 
 
-class Tab:
-    """The page as people see it."""
-
-    def __init__(self, page: BrowserPage, url: str, width: int = 1000, **options: Any) -> None:
-        self.context = page.browser.new_context(viewport={"width": width, "height": 740}, **options)
-        self.problems: list[str] = []
-        self.asked: list[str] = []
-        self.context.on("request", lambda request: self.asked.append(request.url))
-        self.page: Any = None
-        self.open(url)
-
-    def open(self, url: str) -> None:
-        if self.page:
-            self.page.close()
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.goto(url)
-
-    def until(self, state: str) -> Tab:
-        self.page.wait_for_selector(f"body[data-state={state}]")
-        return self
-
-    def ask(self, question: str, tokens: int = 8) -> str:
-        self.page.fill("#max-tokens", str(tokens))
-        self.page.fill("#question", question)
-        self.page.press("#question", "Enter")
-        self.page.wait_for_selector("#answer[aria-busy=false]:visible")
-        self.until("ready")
-        return str(self.page.locator("#answer").text_content())
-
-    def choose(self, data: bytes) -> None:
-        self.page.set_input_files("#file", [{"name": "a.png", "mimeType": "image/png", "buffer": data}])
-        self.page.wait_for_selector("#shown:visible")
-
-    def sideways(self) -> bool:
-        return bool(self.page.evaluate("() => document.documentElement.scrollWidth > innerWidth"))
-
-    def error(self) -> str:
-        return str(self.page.locator("#error").text_content())
-
-
 @needs_page
 def test_offline_after_the_first_load(page: BrowserPage, bundle: Path, edge: Any) -> None:
     """With the server gone a new page still answers, from the service worker and the files kept by their hashes."""
@@ -288,20 +213,6 @@ def test_tampered_and_dropped_files(page: BrowserPage, bundle: Path, edge: Any, 
         tab.page.wait_for_selector("#error:visible")
         assert "no bundle.json" in tab.error() and tab.problems == []
         tab.context.close()
-
-
-def drop(tab: Tab, paths: list[Path], more: dict[str, bytes] | None = None) -> None:
-    """Drop loose files on the page."""
-    files = {**{path.name: path.read_bytes() for path in paths}, **(more or {})}
-    given = [[name, base64.b64encode(data).decode()] for name, data in files.items()]
-    send = """(given) => {
-        const data = new DataTransfer();
-        for (const [name, text] of given) {
-            data.items.add(new File([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], name));
-        }
-        document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-    }"""
-    tab.page.evaluate(send, given)
 
 
 @needs_page
@@ -436,9 +347,12 @@ KINDS = {
     "qwen2": ("qwen2_instruct", "<|im_end|>", tiny.write_qwen2),
 }
 ESBUILD = default_dist().parent / "node_modules" / ".bin" / "esbuild"
+needs_node = pytest.mark.skipif(
+    not ESBUILD.is_file() or shutil.which("node") is None, reason="needs Node.js and make web"
+)
 
 
-@pytest.mark.skipif(not ESBUILD.is_file() or shutil.which("node") is None, reason="needs Node.js and make web")
+@needs_node
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_ids_of_every_tokenizer(kind: str, tmp_path: Path) -> None:
     """The page's own code in Node: ids of 300 odd questions, and the bytes of every token, equal the package's."""
@@ -463,24 +377,45 @@ def test_prompt_ids_of_every_tokenizer(kind: str, tmp_path: Path) -> None:
         "questions": questions,
         "ids": ids,
     }
-    source, built = Path(__file__).with_name("web_tokenizer.ts"), tmp_path / "web_tokenizer.mjs"
-    command = [
-        ESBUILD,
-        source,
-        "--bundle",
-        "--platform=node",
-        "--format=esm",
-        f"--outfile={built}",
-        "--log-level=error",
-    ]
-    modules = {**os.environ, "NODE_PATH": str(ESBUILD.parents[1])}
-    subprocess.run(command, check=True, timeout=60, env=modules)
-    ran = subprocess.run(
-        ["node", built], input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout)
+    found = in_node("web_tokenizer.ts", asked, tmp_path)
     for question, ours, theirs in zip(questions, wanted, found["ids"], strict=True):
         assert tuple(theirs) == ours, ascii(question)
     of = token_bytes(given)
     assert [bytes.fromhex(text) for text in found["bytes"]] == [of(index) for index in ids]
+
+
+def in_node(name: str, asked: object, folder: Path) -> Any:
+    """What a program beside this file, which imports the page's own code, makes of a JSON value."""
+    built = folder / "program.mjs"
+    command = [ESBUILD, Path(__file__).with_name(name), "--bundle", "--platform=node", "--format=esm"]
+    modules = {**os.environ, "NODE_PATH": str(ESBUILD.parents[1])}
+    subprocess.run([*command, f"--outfile={built}", "--log-level=error"], check=True, timeout=60, env=modules)
+    ran = subprocess.run(
+        ["node", built], input=json.dumps(asked), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout)
+
+
+@needs_node
+def test_the_page_takes_one_graph_of_a_kind_and_precision(tmp_path: Path) -> None:
+    """As the reader in Python does: two are refused, and what only begins like a graph is none."""
+    stems = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+    right = [f"web/onnx/{stem}_q4.onnx" for stem in stems]
+    odd = ["web/onnx/decoder_model_merged.onnx.bak", *right]
+    twice = [[f"web/onnx/{stem}_evil.onnx", *right] for stem in stems]
+    spec = {"template": "phi", "image_policy": "pad"}
+    spec |= dict.fromkeys(("image_size", "visual_tokens", "embedding_dim", "max_length"), 1)
+
+    def manifest(paths: list[str]) -> dict[str, object]:
+        entry = {"role": "web", "precision": "q4", "sha256": "0" * 64, "bytes": 1}
+        names = ("tokenizer", "tokenizer_config", "generation_config")
+        files = [{**entry, "path": f"web/{name}.json", "precision": "text"} for name in names]
+        files += [{**entry, "path": "preprocess.onnx", "role": "preprocess"}, *({**entry, "path": p} for p in paths)]
+        return {"schema_version": 1, "name": "a", "model": spec, "files": files}
+
+    given = [manifest(paths) for paths in (odd, *twice, [*right, right[0]])]
+    found = in_node("web_manifest.ts", given, tmp_path)
+    assert found[0] == {"precisions": ["q4"], "decoder": "web/onnx/decoder_model_merged_q4.onnx"}
+    for stem, told in zip((*stems, "web/onnx/vision_encoder_q4.onnx"), found[1:], strict=True):
+        assert told["error"].startswith(f"bundle.json lists {stem}") and told["error"].endswith("twice")

@@ -18,7 +18,7 @@ from typing import Any
 from tinyllava_edge import prompt
 from tinyllava_edge.benchmarks import run_file
 from tinyllava_edge.benchmarks.environment import capture, environment_sample
-from tinyllava_edge.benchmarks.results import AnswerRecord, Sample
+from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, answered_on
 from tinyllava_edge.benchmarks.run_file import BLIND, PICTURE, Run, Shard
 from tinyllava_edge.benchmarks.stats import Interval, derangement, wilson
 from tinyllava_edge.benchmarks.tasks.base import Question, Task
@@ -35,7 +35,7 @@ class EvalResult:
     """Every answer of one run."""
 
     runtime: str
-    """`edge`, `reference`, `mtmd`, or `answers` for a file made elsewhere"""
+    """`edge`, `reference`, `mtmd`, `web`, or `answers` for a file made elsewhere"""
     build: str
     """build name, or the checkpoint's precision"""
     stage: str
@@ -64,7 +64,7 @@ class EvalResult:
 
     def samples(self) -> list[Sample]:
         """The run as lines of results.jsonl, its environment first."""
-        first = environment_sample(self.environment)
+        first = environment_sample(self.environment, answered_on(self.runtime))
         lines = [
             record.to_sample(self.runtime, self.build, self.stage, number, first.environment_id)
             for number, record in enumerate(self.records)

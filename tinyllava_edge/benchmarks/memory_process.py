@@ -36,7 +36,7 @@ from tinyllava_edge.benchmarks.bench_grid import MAX_TOKENS
 from tinyllava_edge.benchmarks.page_cache import cached_share, drop_cached
 from tinyllava_edge.benchmarks.peak_rss import descendants, status
 from tinyllava_edge.benchmarks.results import Sample
-from tinyllava_edge.bundle import Build, Bundle, read_bundle
+from tinyllava_edge.bundle import Build, Bundle, WebBuild, read_bundle
 from tinyllava_edge.errors import EngineError
 
 LOADS = 5  # cold and warm loads of a build
@@ -131,7 +131,7 @@ class _Cold(Bundle):
     found: dict[str, Any] = field(default_factory=dict)
     """`cached_percent` at that moment, and the `reason` why loading isn't cold"""
 
-    def check(self, build: Build | None = None) -> None:
+    def check(self, build: Build | WebBuild | None = None) -> None:
         """Compare the hashes, which reads the files, then drop what was read."""
         super().check(build)
         files = [path for file in (build or self.build()).files for path in self.paths(file)]

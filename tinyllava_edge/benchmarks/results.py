@@ -66,6 +66,11 @@ KINDS = (
 )
 
 
+def answered_on(runtime: str) -> str:
+    """Target of the answers that a runtime gives here: `browser` for the page, else `cpu`."""
+    return "browser" if runtime == "web" else "cpu"
+
+
 @dataclass(frozen=True)
 class Sample:
     """One line of results.jsonl."""
@@ -73,7 +78,7 @@ class Sample:
     kind: str
     """one of KINDS"""
     runtime: str = ""
-    """`edge` or `reference`"""
+    """`edge`, `mtmd`, `web` or `reference`"""
     build: str = ""
     """build name, or the checkpoint's precision"""
     stage: str = ""
@@ -155,7 +160,8 @@ class AnswerRecord:
         """The `answer` line of this record."""
         detail = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         detail = {name: value for name, value in detail.items() if name in _REQUIRED or value not in _EMPTY}
-        return Sample("answer", runtime, build, stage, self.value, "correct", number, environment_id, detail=detail)
+        place = answered_on(runtime)
+        return Sample("answer", runtime, build, stage, self.value, "correct", number, environment_id, place, detail)
 
     @classmethod
     def from_sample(cls, sample: Sample) -> AnswerRecord:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyllava_edge.benchmarks.environment import VOLATILE, environment_sample
 from tinyllava_edge.benchmarks.out_file import check_target
-from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, read_results, to_line
+from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, answered_on, read_results, to_line
 from tinyllava_edge.benchmarks.tasks.base import Question, Task
 from tinyllava_edge.errors import DataError, UsageError
 from tinyllava_edge.files import storage_errors, write_text
@@ -66,7 +66,8 @@ class Run:
 
     def to_sample(self, runtime: str, build: str, stage: str, environment_id: str) -> Sample:
         """The `run` line."""
-        return Sample("run", runtime, build, stage, environment_id=environment_id, detail=asdict(self))
+        place = answered_on(runtime)
+        return Sample("run", runtime, build, stage, environment_id=environment_id, target=place, detail=asdict(self))
 
     @classmethod
     def from_sample(cls, sample: Sample) -> Run:
@@ -125,7 +126,7 @@ def open_run(
     """
     if path is not None:
         check_target(path)
-    first = environment_sample(environment)
+    first = environment_sample(environment, answered_on(runtime))
     key = (runtime, build, stage, first.environment_id)
     if path is None:
         return RunFile(None, key, ())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllava_edge.benchmarks.evaluation import EvalResult
 from tinyllava_edge.benchmarks.out_file import without_companions
-from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, read_results, write_results
+from tinyllava_edge.benchmarks.results import AnswerRecord, Sample, answered_on, read_results, write_results
 from tinyllava_edge.benchmarks.run_file import BLIND, PICTURE, Run
 from tinyllava_edge.benchmarks.tasks.base import Task
 from tinyllava_edge.errors import DataError
@@ -50,6 +50,7 @@ def score_samples(
             task.units.get(name.rpartition("/")[2], task.unit),
             0,
             environment_id,
+            answered_on(runtime),
             detail={
                 **common,
                 "n": sum(task.rests_on(name, record) for record in records),

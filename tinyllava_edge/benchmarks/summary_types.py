@@ -15,6 +15,7 @@ STAGES = ("decode_image_ms", "preprocess_ms", "vision_ms", "prefill_ms", "first_
 WHOLE = ("ttft_ms", "total_ms")  # times of a whole answer, which verdicts on a build rest on
 REFERENCE = "reference"  # the runtime of the checkpoint
 EDGE = "edge"  # the runtime of a bundle's builds
+BROWSER = "web"  # the runtime of a browser's builds, whose names say so
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class BuildSummary:
     @property
     def name(self) -> str:
         """What the build is called among the rows of one target."""
-        return self.build if self.runtime == EDGE else f"{self.runtime} {self.build}"
+        return self.build if self.runtime in (EDGE, BROWSER) else f"{self.runtime} {self.build}"
 
     @property
     def label(self) -> str:

@@ -70,12 +70,11 @@ class Difference:
 
     def add(self, name: str, ours: Floats, theirs: Floats) -> None:
         """Compare one sample; a wrong shape counts as an infinite difference."""
-        self._samples += 1
         wrong = _incomparable(ours, theirs)
         if wrong:
-            self.max_abs = self.relative = self._sum = np.inf
-            self.cosine, self.worst = -1.0, f"{name}: {wrong}"
+            self.failed(name, wrong)
             return
+        self._samples += 1
         a, b = ours.astype(np.float64), theirs.astype(np.float64)
         difference = np.abs(a - b)
         relative = float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-12))
@@ -87,6 +86,12 @@ class Difference:
         self.cosine = min(self.cosine, float(np.min((a * b).sum(-1) / np.maximum(norms, 1e-12))))
         self._sum += float(difference.sum())
         self._values += difference.size
+
+    def failed(self, name: str, why: str) -> None:
+        """Count a sample that gave nothing as an infinite difference."""
+        self._samples += 1
+        self.max_abs = self.relative = self._sum = np.inf
+        self.cosine, self.worst = -1.0, f"{name}: {why}"
 
     def add_logits(self, name: str, ours: Floats, theirs: Floats) -> None:
         """Compare logits (vocab,), and whether both prefer the same token, or two that the reference holds tied: closer

@@ -13,8 +13,8 @@ KEPT_LINES = 200
 class NativeLog:
     """The last lines that llama.cpp logged."""
 
-    def __init__(self) -> None:
-        self.pieces: deque[str] = deque(maxlen=KEPT_LINES)
+    def __init__(self, kept: int | None = KEPT_LINES) -> None:
+        self.pieces: deque[str] = deque(maxlen=kept)
 
     def lines(self) -> list[str]:
         """Whole lines; llama.cpp logs some of them in pieces."""
@@ -28,11 +28,14 @@ class NativeLog:
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[NativeLog]:
-    """Collect llama.cpp's log for the length of the block; the callback that was there before comes back after it."""
+def captured(kept: int | None = KEPT_LINES) -> Iterator[NativeLog]:
+    """Collect llama.cpp's log for the length of the block; the callback that was there before comes back after it.
+
+    `kept` pieces at most, the last ones; None keeps all.
+    """
     import llama_cpp
 
-    log = NativeLog()
+    log = NativeLog(kept)
 
     keep = llama_cpp.llama_log_callback(lambda _level, text, _data: log.pieces.append(text.decode("utf-8", "replace")))
     before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()

@@ -5,7 +5,7 @@
 Each stage is compared twice: with the reference's input, so that it is blamed for its own error only, and with the
 build's own input, which shows what the errors before it add up to. What bundle and checkpoint say of themselves is
 compared too (verify_spec.py), and what other hosts make of the GGUF's chat template (embedded_template.py). The limits
-are in tolerances.py.
+are in tolerances.py. What browsers run is compared in verify_web.py.
 
 The checkpoint is loaded once, run over all pictures and let go before a build is opened, so the peak is the larger of
 the two: the float32 reference, 4 bytes a parameter. What it gave lies on disk meanwhile.
@@ -14,7 +14,6 @@ the two: the float32 reference, 4 bytes a parameter. What it gave lies on disk m
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,15 +21,18 @@ import numpy as np
 
 from tinyllava_edge import __version__
 from tinyllava_edge.benchmarks.peak_rss import status
-from tinyllava_edge.bundle import Build, Bundle, read_bundle
+from tinyllava_edge.bundle import Build, Bundle, WebBuild, read_bundle
 from tinyllava_edge.checkpoint_spec import load_spec
 from tinyllava_edge.errors import EngineError
 from tinyllava_edge.export import tolerances
 from tinyllava_edge.export.compare import Check, Difference, Equal, Floats, Pixels
 from tinyllava_edge.export.embedded_template import HostPrompts
 from tinyllava_edge.export.verify_pictures import Case, cases
+from tinyllava_edge.export.verify_probes import Spooled
 from tinyllava_edge.export.verify_report import BuildReport, VerifyReport
-from tinyllava_edge.export.verify_spec import STAGES, spec_checks
+from tinyllava_edge.export.verify_spec import MAX_TOKENS, STAGES, spec_checks
+from tinyllava_edge.export.verify_web import check_web, verify_web
+from tinyllava_edge.files import scratch_directory
 from tinyllava_edge.prompt import get_template
 from tinyllava_edge.runtimes.base import IMAGE_PLACE, Answer, Probe
 from tinyllava_edge.runtimes.edge import EdgeRuntime, open_edge
@@ -38,7 +40,6 @@ from tinyllava_edge.runtimes.picture import read_picture
 
 __all__ = ["BuildReport", "VerifyReport", "verify"]
 
-MAX_TOKENS = 16
 NOISE_PICTURES = 2  # pictures on which the reference's own rounding is measured
 TEMPLATE_QUESTIONS = 4  # different questions that the chat template is rendered with
 REFERENCE, OWN, TEMPLATE = "reference", "own", "template"  # whose output the stage was given
@@ -61,7 +62,7 @@ def verify(
     Args:
         bundle: directory; its files are checked against their hashes first.
         checkpoint: directory of the reference.
-        builds: names; all of them by default.
+        builds: names; all of them by default, a browser's included.
         pictures: files; by default 64 easy-VQA test pictures and two photographs of odd sizes.
         questions: one for all pictures, or one each.
         n_threads: threads of the edge runtime; all cores by default.
@@ -73,21 +74,29 @@ def verify(
         VerifyError: a precision without a stated tolerance.
     """
     opened = read_bundle(bundle)
-    chosen = [opened.build(name) for name in builds] if builds else list(opened.builds().values())
+    everything = [*opened.builds(), *opened.web_builds()]
+    chosen = [opened.any_build(name) for name in dict.fromkeys(builds or everything)]
     wanted = cases(pictures, questions)
     reference_spec = load_spec(checkpoint)  # a mistyped directory costs no stamp
     stamps = {name: record for name, record in opened.verified_builds().items() if name not in {b.name for b in chosen}}
     opened.stamp(stamps)
     say = progress or (lambda line: None)
     for build in chosen:  # before the long work
-        tolerances.whole_road(build.vision.precision, build.llm.precision)
+        if isinstance(build, WebBuild):
+            check_web(build)
+        else:
+            tolerances.whole_road(build.vision.precision, build.llm.precision)
         opened.check(build)
     said_of_themselves = spec_checks(opened.spec, reference_spec)
-    with tempfile.TemporaryDirectory(prefix="tinyllava-verify-") as spool:
-        references = _reference_probes(checkpoint, wanted, Path(spool), say)
+    with scratch_directory() as spool:
+        references = _reference_probes(checkpoint, wanted, spool, say)
         reports = []
         for build in chosen:
-            report = _verify_build(opened, build, wanted, references, said_of_themselves, n_threads, say)
+            given = (wanted, references, said_of_themselves, n_threads, say)
+            if isinstance(build, WebBuild):
+                report = verify_web(opened, build, *given)
+            else:
+                report = _verify_build(opened, build, *given)
             outcome = "passed" if report.passed else f"diverges at {report.first_divergence}"
             say(f"{build.name}: {outcome} ({report.samples} pictures)")
             reports.append(report)
@@ -98,34 +107,11 @@ def verify(
     return VerifyReport(opened.name, opened.sha256, checkpoint.name, __version__, tuple(reports), peak)
 
 
-class _Spooled:
-    """Reference probes on disk: at full size, 66 of them would take a gigabyte of memory."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._answers: list[tuple[tuple[int, ...], Answer]] = []
-        self.noise = 0.0
-
-    def add(self, probe: Probe) -> None:
-        arrays = (probe.pixel_values, probe.image_features, probe.image_embeds, probe.first_logits)
-        np.savez(self._root / f"{len(self._answers)}.npz", *arrays)
-        self._answers.append((probe.prompt_ids, probe.answer))
-
-    def __getitem__(self, number: int) -> Probe:
-        ids, answer = self._answers[number]
-        with np.load(self._root / f"{number}.npz", allow_pickle=False) as arrays:
-            pixels, features, embeds, logits = (arrays[f"arr_{k}"] for k in range(4))
-        return Probe(pixels, features, embeds, ids, logits, answer)
-
-    def ids(self, number: int) -> tuple[int, ...]:
-        return self._answers[number][0]
-
-
-def _reference_probes(checkpoint: Path, wanted: Sequence[Case], spool: Path, say: Callable[[str], None]) -> _Spooled:
+def _reference_probes(checkpoint: Path, wanted: Sequence[Case], spool: Path, say: Callable[[str], None]) -> Spooled:
     from tinyllava_edge.runtimes.reference import open_reference
 
     runtime = open_reference(checkpoint)
-    probes = _Spooled(spool)
+    probes = Spooled(spool)
     try:
         for number, case in enumerate(wanted, 1):
             probe = runtime.probe(case.picture, case.question, max_tokens=MAX_TOKENS)
@@ -145,7 +131,7 @@ def _verify_build(
     bundle: Bundle,
     build: Build,
     wanted: Sequence[Case],
-    references: _Spooled,
+    references: Spooled,
     said_of_themselves: Sequence[Check],
     n_threads: int | None,
     say: Callable[[str], None],
@@ -210,7 +196,7 @@ def _verify_build(
     return BuildReport(build.name, first is None, first, tuple(checks), len(wanted), margin)
 
 
-def _template_check(bundle: Bundle, build: Build, wanted: Sequence[Case], references: _Spooled) -> list[Check]:
+def _template_check(bundle: Bundle, build: Build, wanted: Sequence[Case], references: Spooled) -> list[Check]:
     """Prompt ids of other hosts against the reference's; no check where the template has no place for a question."""
     if get_template(bundle.spec.template).caption_only:
         return []

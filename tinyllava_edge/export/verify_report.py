@@ -7,6 +7,7 @@ from typing import Any
 
 from tinyllava_edge import __version__
 from tinyllava_edge.benchmarks.results import Sample
+from tinyllava_edge.bundle import WEB
 
 from .compare import Check
 
@@ -69,8 +70,13 @@ class VerifyReport:
         return [*table, f"peak memory of verify: {self.peak_rss / 2**30:.2f} GiB"] if self.peak_rss else table
 
     def samples(self, environment_id: str = "") -> list[Sample]:
-        """One `verify` line per build for results.jsonl."""
-        return [
-            Sample("verify", "edge", b.build, environment_id=environment_id, detail=b.record(self.checkpoint))
-            for b in self.builds
-        ]
+        """One `verify` line per build for results.jsonl.
+
+        The target is this CPU for a browser's builds too: their graphs ran here, in no browser. Reports join by build.
+        """
+        lines = []
+        for found in self.builds:
+            runtime = "web" if found.build.startswith(WEB) else "edge"
+            detail = found.record(self.checkpoint)
+            lines.append(Sample("verify", runtime, found.build, environment_id=environment_id, detail=detail))
+        return lines

@@ -13,6 +13,7 @@ from .compare import Check, Equal
 from .tolerances import SPEC
 
 STAGES = ("pixels", "image_features", "image_embeds", "prompt_ids", "first_logits", "answer")  # in the road's order
+MAX_TOKENS = 16  # of an answer
 
 # Field of ModelSpec → the first stage whose output depends on it. The name is only a name.
 SPOILS: dict[str, str | None] = {

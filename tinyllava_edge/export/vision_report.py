@@ -114,15 +114,20 @@ def vision_report(
 
 def eager(model: Any) -> Embedder:
     """Tower and connector of a TinyLlava model in torch, as a reference for `vision_report`."""
-    import torch
 
     def embed(pixel_values: Floats) -> Floats:
-        with torch.no_grad():
-            features = model.tower_features(torch.from_numpy(pixel_values))
-            embeds: Floats = model.model.multi_modal_projector(features).numpy()
-        return embeds
+        return in_torch(model, pixel_values)[0]
 
     return embed
+
+
+def in_torch(model: Any, pixel_values: Floats) -> tuple[Floats, Floats]:
+    """Tower and connector: (b, 3, s, s) → image embeddings (b, t, d) and the tower's features (b, p, v)."""
+    import torch
+
+    with torch.no_grad():
+        features = model.tower_features(torch.from_numpy(pixel_values))
+        return model.model.multi_modal_projector(features).numpy(), features.numpy()
 
 
 def _session(path: Path) -> Embedder:

@@ -70,7 +70,7 @@ def export_web(
         StorageError: `out_dir` exists and `force` is off, or the disk is full.
     """
     check_precisions(precisions)
-    with new_directory(out_dir, force=force) as temporary:
+    with new_directory(out_dir, force=force, ours="config.json") as temporary:
         written = write_web(root, temporary, precisions, progress=progress)
         relative = [path.relative_to(temporary) for path in written]
     return [out_dir / path for path in relative]

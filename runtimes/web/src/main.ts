@@ -136,6 +136,7 @@ async function ask(): Promise<void> {
 }
 
 function setPicture(file: Blob | undefined): void {
+  if (document.body.dataset["state"] === "ready") failure.hidden = true; // else it says why there is no model
   if (shown.src) URL.revokeObjectURL(shown.src);
   picture = file;
   shown.hidden = remove.hidden = !file;
@@ -174,7 +175,7 @@ window.addEventListener("keydown", (event) => {
 remove.addEventListener("click", () => setPicture(undefined));
 precision.addEventListener("change", () => void load());
 provider.addEventListener("change", () => void load());
-listenForCamera(setPicture);
+listenForCamera(setPicture, fail);
 listenForFiles({
   picture: setPicture,
   bundle: (files) => {

@@ -21,20 +21,19 @@ from tinyllava_edge.benchmarks.results import Sample
 from tinyllava_edge.benchmarks.rounds import Arm, Progress, Question, Rounds, measure
 from tinyllava_edge.benchmarks.stop_rule import StopRule
 from tinyllava_edge.benchmarks.targets.browser_page import BrowserPage
-from tinyllava_edge.benchmarks.targets.browser_runtime import PREFIX, WebRuntime
-from tinyllava_edge.bundle import Bundle, read_bundle
-from tinyllava_edge.errors import BundleError, UnverifiedError, UsageError
-from tinyllava_edge.runtimes.server.web_files import web_precisions
+from tinyllava_edge.benchmarks.targets.browser_runtime import WebRuntime
+from tinyllava_edge.bundle import WEB, Bundle, read_bundle
+from tinyllava_edge.errors import BundleError, UsageError
 
 TARGET = "browser"
 
 
 def web_builds(bundle: Bundle) -> list[str]:
     """Names of the builds that a browser can run, in the manifest's order. Raises BundleError where there is none."""
-    found = web_precisions(bundle)
+    found = list(bundle.web_builds())
     if not found:
         raise BundleError(f"{bundle.root}: holds no web files", "export it again with --web q4")
-    return [PREFIX + precision for precision in found]
+    return found
 
 
 def choose_builds(bundle: Bundle, asked: Sequence[str] | None, allow_unverified: bool) -> list[str]:
@@ -43,18 +42,16 @@ def choose_builds(bundle: Bundle, asked: Sequence[str] | None, allow_unverified:
     Raises:
         BundleError: the bundle has no web files.
         UsageError: an unknown name.
-        UnverifiedError: `verify` stamps the builds for devices, not these, and nobody allowed that.
+        UnverifiedError: a build without a stamp, and nobody allowed that.
     """
     known = web_builds(bundle)
     unknown = [name for name in asked or () if name not in known]
     if unknown:
         raise UsageError(f"{bundle.root}: no browser build {unknown[0][:80]!r}", f"it holds: {', '.join(known)}")
-    if not allow_unverified:
-        raise UnverifiedError(
-            f"{bundle.root}: `verify` does not cover web files, so {known[0]} carries no stamp",
-            "measure it all the same with --allow-unverified",
-        )
-    return list(asked or known)
+    chosen = list(asked or known)
+    for name in chosen:
+        bundle.require_verified(bundle.web_builds()[name], allow_unverified)
+    return chosen
 
 
 def run(
@@ -127,10 +124,10 @@ def _open(
     arms: list[Arm] = []
     lines: list[Sample] = []
     for number, count in enumerate(counts):
-        opened = [WebRuntime(page, bundle, name.removeprefix(PREFIX), threads=count) for name in builds]
+        opened = [WebRuntime(page, bundle, name.removeprefix(WEB), threads=count) for name in builds]
         shared = opened[0].environment()
         engines = {runtime.build: _engine(runtime.facts) for runtime in opened}
-        described = {key: value for key, value in shared.items() if key not in ("build", *_ENGINE, "precision")}
+        described = {key: value for key, value in shared.items() if key not in _OF_A_BUILD}
         line = environment_sample({**capture(), "runtime": {**described, "builds": engines}}, TARGET)
         lines.append(line)
         mark = f"@t{count}" if number else ""
@@ -141,6 +138,7 @@ def _open(
 
 
 _ENGINE = ("provider", "self_test")
+_OF_A_BUILD = ("build", "files", "verified", "precision", *_ENGINE)
 
 
 def _engine(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,14 +147,13 @@ def _engine(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sizes(bundle: Bundle, build: str, environment_id: str) -> list[Sample]:
     """Bytes that the page loads for a build, by role and in total."""
-    mine = [file for file in bundle.files if file.role == "web" and file.precision == build.removeprefix(PREFIX)]
-    shared = [file for file in bundle.files if file.role == "preprocess"]
+    files = bundle.web_builds()[build]
     sizes = {
-        "preprocess": sum(file.total_bytes for file in shared),
-        "vision": sum(file.total_bytes for file in mine if "/vision_encoder" in file.path),
-        "llm": sum(file.total_bytes for file in mine if "/vision_encoder" not in file.path),
+        "preprocess": files.preprocess.total_bytes,
+        "vision": files.vision.total_bytes,
+        "llm": sum(file.total_bytes for file in (files.embed, files.decoder, *files.texts)),
     }
-    sizes["total"] = sum(sizes.values())
+    sizes["total"] = files.bytes
     return [Sample("size", "web", build, role, n, "bytes", 0, environment_id, TARGET) for role, n in sizes.items()]
 
 
@@ -173,7 +170,7 @@ def _memory(
 ) -> list[Sample]:
     """Peak of the page's process over loading, the self-test and one answer, in a fresh browser."""
     with BrowserPage(bundle, dist=dist) as page:
-        WebRuntime(page, opened, build.removeprefix(PREFIX), threads=threads).answer(
+        WebRuntime(page, opened, build.removeprefix(WEB), threads=threads).answer(
             picture, question, max_tokens=max_tokens
         )
         peak = page.peak_rss()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
 import threading
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ FLAGS = (
     "--disable-renderer-backgrounding",
     "--enable-unsafe-webgpu",
 )
+_PREFIX = re.compile(r"^\w+\.\w+: (?:\w*Error: )?")
+# What the page says of a file that isn't the manifest's: runtimes/web/src/bundle/source.ts.
+_DAMAGED = re.compile(r"its SHA-256 differs|: \d+ bytes, \d+ expected|: longer than its \d+ bytes|the server says \d+")
 OPEN_S = 600.0  # seconds until a model must be loaded
 
 
@@ -130,9 +134,12 @@ class BrowserPage:
         try:
             return self._page.evaluate("([name, given]) => window.tinyllava[name](...given)", [name, list(arguments)])
         except self._error as error:
-            raise EngineError(
-                f"the browser: {_line(error)}", "try the page by hand: tinyllava-edge serve --web"
-            ) from error
+            line = _line(error)
+            damaged, by_hand = (
+                "copy the file again, or export again",
+                "try the page by hand: tinyllava-edge serve --web",
+            )
+            raise EngineError(f"the browser: {line}", damaged if _DAMAGED.search(line) else by_hand) from error
 
     def peak_rss(self) -> int | None:
         """Most resident memory that the page's process has had, in bytes; None where the system doesn't say."""
@@ -172,5 +179,6 @@ def _high_water(pid: int) -> int:
 
 
 def _line(error: Exception) -> str:
+    """The page's words in one line, without playwright's `Page.evaluate: AppError: ` in front of them."""
     text = str(error).partition("\n    at ")[0].partition("Call log:")[0]
-    return " ".join(text.split())[:400]
+    return " ".join(_PREFIX.sub("", text, count=1).split())[:400]

@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tinyllava_edge.benchmarks.targets.browser_page import BrowserPage
-from tinyllava_edge.bundle import Bundle
+from tinyllava_edge.bundle import WEB, Bundle, WebBuild
 from tinyllava_edge.image import read_bytes
 from tinyllava_edge.runtimes.base import Answer, OnText, Picture, StageTimings
 from tinyllava_edge.runtimes.text import default_context
-
-PREFIX = "web-"  # in front of a precision: the name of a build
 
 
 class WebRuntime:
@@ -29,6 +27,7 @@ class WebRuntime:
         precision: one of its web precisions.
         provider: `auto`, `wasm` or `webgpu`.
         threads: WebAssembly threads; the page's own choice by default.
+        owns_page: `close` closes the page, too.
 
     Raises:
         EngineError: it can't be opened there, or `webgpu` was asked for and computes wrongly.
@@ -38,10 +37,17 @@ class WebRuntime:
     pictures_at_once = 1
 
     def __init__(
-        self, page: BrowserPage, bundle: Bundle, precision: str, *, provider: str = "auto", threads: int | None = None
+        self,
+        page: BrowserPage,
+        bundle: Bundle,
+        precision: str,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        owns_page: bool = False,
     ) -> None:
-        self._page, self._bundle = page, bundle
-        self.build, self.spec = PREFIX + precision, bundle.spec
+        self._page, self._bundle, self._owns_page = page, bundle, owns_page
+        self.build, self.spec = WEB + precision, bundle.spec
         self.n_ctx = default_context(bundle.spec)
         self._engine = page.open(precision, provider=provider, threads=threads)
         self.facts = {key: value for key, value in self._engine.facts.items() if key != "spec"}
@@ -85,19 +91,36 @@ class WebRuntime:
         return np.frombuffer(data, np.float32).reshape(3, side, side)
 
     def environment(self) -> dict[str, Any]:
-        """Browser, provider, self-test, threads."""
+        """The bundle's identity, browser, provider, self-test, threads."""
+        build = self._bundle.web_builds()[self.build]
         return {
-            "runtime": "web",
-            "build": self.build,
+            "runtime": self.name,
+            "bundle": self._bundle.name,
             "bundle_sha256": self._bundle.sha256,
+            "build": self.build,
+            "files": {entry.path: entry.sha256 for file in build.files for entry in file.entries},
+            "verified": self._bundle.is_verified(build),
             "n_threads": self.facts["threads"],
             **self.facts,
             **self._page.environment(),
         }
 
     def close(self) -> None:
-        """Let go of the model; the page stays open."""
-        self._page.close_engine(self._engine)
+        """Let go of the model; the page stays open unless it is this runtime's own."""
+        if self._owns_page:
+            self._page.close()
+        else:
+            self._page.close_engine(self._engine)
+
+
+def open_web(bundle: Bundle, build: WebBuild, *, threads: int | None = None) -> WebRuntime:
+    """A web build in a headless browser of its own. Raises what `BrowserPage` and `WebRuntime` raise."""
+    page = BrowserPage(bundle.root)
+    try:
+        return WebRuntime(page, bundle, build.precision, threads=threads, owns_page=True)
+    except BaseException:
+        page.close()
+        raise
 
 
 def _file(image: Picture) -> str | Path | bytes:

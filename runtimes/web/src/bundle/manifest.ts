@@ -45,6 +45,7 @@ export interface WebFiles {
   readonly generation: BundleFile;
 }
 
+const GRAPH = /^web\/onnx\/(vision_encoder|embed_tokens|decoder_model_merged)(_[a-z0-9_]+)?\.onnx$/;
 const MAX_MANIFEST = 4 << 20;
 const AGAIN = "export the bundle again, or copy it again";
 
@@ -69,12 +70,29 @@ export async function parseManifest(bytes: Uint8Array<ArrayBuffer>): Promise<Man
     embedding_dim: count(model, "embedding_dim"),
     max_length: count(model, "max_length"),
   };
-  return { name: text(top, "name"), spec, files: top["files"].map(file), sha256: await sha256(bytes) };
+  const files: BundleFile[] = top["files"].map(file);
+  checkOnce(files);
+  return { name: text(top, "name"), spec, files, sha256: await sha256(bytes) };
+}
+
+/** Each path once, and one graph of a kind and a precision: which of two is run would be chance. */
+function checkOnce(files: readonly BundleFile[]): void {
+  const seen = new Set<string>();
+  const graphs = files.filter(graphOf).map((one) => `${graphOf(one)} of precision ${one.precision}`);
+  for (const word of [...files.flatMap((one) => [one.path, ...one.parts.map((part) => part.path)]), ...graphs]) {
+    if (seen.has(word)) throw new AppError(`bundle.json lists ${word.slice(0, 80)} twice`, AGAIN);
+    seen.add(word);
+  }
+}
+
+/** Which of the three graphs a file is; empty for others. */
+function graphOf(one: BundleFile): string {
+  return (one.role === "web" && GRAPH.exec(one.path)?.[1]) || "";
 }
 
 /** The web precisions of a bundle, in its order. */
 export function precisions(manifest: Manifest): string[] {
-  const graphs = manifest.files.filter((one) => /^web\/onnx\/decoder_model_merged/.test(one.path));
+  const graphs = manifest.files.filter((one) => graphOf(one) === "decoder_model_merged");
   return graphs.map((one) => one.precision);
 }
 
@@ -87,9 +105,9 @@ export function webFiles(manifest: Manifest, precision: string): WebFiles {
   };
   const graph = (stem: string): BundleFile =>
     find(`${stem} of precision ${precision}`, (one) => {
-      return one.role === "web" && one.precision === precision && one.path.startsWith(`web/onnx/${stem}`);
+      return one.precision === precision && graphOf(one) === stem;
     });
-  const named = (path: string): BundleFile => find(path, (one) => one.path === path);
+  const named = (path: string): BundleFile => find(path, (one) => one.role === "web" && one.path === path);
   return {
     preprocess: find("preprocessing graph", (one) => one.role === "preprocess"),
     vision: graph("vision_encoder"),
