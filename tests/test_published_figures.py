@@ -78,3 +78,56 @@ def test_the_tables_of_training_are_those_of_the_stored_records(monkeypatch: pyt
         for name, file in files.items()
     }
     assert importlib.import_module("train_family").table(records) in page
+
+
+def test_mobile_is_the_stored_answers() -> None:
+    """MOBILE.md's shares and answers are counted from the record, and the record holds what must be shown."""
+    runtimes = script("every_runtime")
+    stored = json.loads((ROOT / "benchmarks" / "results" / "mobile-nano.json").read_text(encoding="utf-8"))
+    assert runtimes.page(stored) == (ROOT / "benchmarks" / "MOBILE.md").read_text(encoding="utf-8")
+    kinds = {(column["runtime"].split(" ")[0], column["place"].split(",")[0]) for column in stored["runtimes"]}
+    assert {("torch", "x86_64"), ("edge", "x86_64"), ("edge", "ARM64"), ("llama-server", "ARM64")} <= kinds
+    assert any(name == "Chromium" for name, _ in kinds) and len(stored["questions"]) == 200
+
+
+def test_a_changed_answer_is_counted_and_named() -> None:
+    """One runtime says another word once: its share falls by one, and the page says where."""
+    runtimes = script("every_runtime")
+    columns = [{"runtime": name, "place": "here", "files": "f32"} for name in ("torch reference", "other")]
+    rows = [
+        {"id": str(k), "image": "a.png", "question": "what?", "expected": "Red", "answers": ["red", "red"]}
+        for k in range(3)
+    ]
+    rows[1]["answers"] = ["red", "green"]
+    found = {"model": "m", "runtimes": columns, "questions": rows}
+    assert runtimes.shares(found, 0) == (3, 3) and runtimes.shares(found, 1) == (2, 2)
+    text = runtimes.page(found)
+    assert "| other | here | f32 | 2 of 3 | 66.7% |" in text and "“green” in other, here, f32" in text
+
+
+def test_records_that_are_none_are_refused(tmp_path: Path) -> None:
+    """One line that names the file, exit code 1 or 2."""
+    (tmp_path / "odd.json").write_text('{"a": 1}')
+    (tmp_path / "half.json").write_text('{"runtimes": [], "model": "m"}')
+    for name in ("odd.json", "half.json", "missing.json"):
+        command = [sys.executable, "benchmarks/every_runtime.py", "--stored", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode in (1, 2) and name in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        {"answers": {}},
+        {"answers": [], "cores": 1},
+        {"answers": {"a": 1}, "cores": {"m": {}}},
+        {"answers": [{}], "server": {}},
+        {"answers": [{"id": 1}], "q4": {"provider": "wasm"}, "environment": {"user_agent": "Chrome/1"}},
+    ],
+)
+def test_what_is_missing_in_a_record_is_said_of_its_file(inside: dict[str, Any], tmp_path: Path) -> None:
+    runtimes = script("every_runtime")
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({"bundle_sha256": "0", **inside}))
+    with pytest.raises(runtimes.DataError, match="odd.json: no record"), runtimes.shape_of(path):
+        runtimes.runtimes(runtimes.read_record(path, "0"))
