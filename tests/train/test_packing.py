@@ -115,8 +115,13 @@ def in_double(module: torch.nn.Module) -> None:
 
 
 def test_loss_and_every_gradient_are_equal_packed_and_alone(model: TinyLlava) -> None:
-    """float64 to 1e-10 of the largest gradient of a tensor, float32 to 1e-5."""
+    """float64 to 1e-10 of the largest gradient of a tensor; float32 to 1e-5, or to ten times what rounding does.
+
+    Gemma's gradients are sums of large terms: on an AMD processor its rows by themselves are 4e-6 from float64, packed
+    ones 1.2e-5. What leaks between rows is seen in float64.
+    """
     packs = make_packs()
+    exact: dict[str, torch.Tensor] = {}
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         model.to(dtype)
         for module in model.modules():
@@ -131,7 +136,12 @@ def test_loss_and_every_gradient_are_equal_packed_and_alone(model: TinyLlava) ->
             assert set(gradients) == trained
             for name, gradient in gradients.items():
                 total = sum(found[name] for _, found in alone if name in found)
-                assert (gradient - total).abs().max() <= tolerance * max(1.0, float(total.abs().max())), name
+                allowed = tolerance * max(1.0, float(total.abs().max()))
+                if dtype is torch.float64:
+                    exact[name] = total
+                else:
+                    allowed = max(allowed, 10 * float((total - exact[name]).abs().max()))
+                assert (gradient - total).abs().max() <= allowed, name
     model.float()
 
 
