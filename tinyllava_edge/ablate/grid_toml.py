@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UsageError
 from ..spec import LLM_BACKBONES, VISION_BACKBONES
+from ..toml_files import read_toml
 from ..train import recipes
 from .grid import Backbone, Connector, Data, EvalPlan, Grid, Scale
 
@@ -28,10 +28,7 @@ class _Reader:
 
     def __init__(self, path: Path) -> None:
         self.path, self.folder = path, path.resolve().parent
-        try:
-            self.value: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise UsageError(f"{path}: can't be read as TOML ({error})", _EXAMPLE) from error
+        self.value = read_toml(path, _EXAMPLE)
 
     def fail(self, where: str, message: str, hint: str = _EXAMPLE) -> UsageError:
         return UsageError(f"{self.path}: {where} {message}", hint)

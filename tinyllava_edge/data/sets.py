@@ -9,13 +9,13 @@ weight = 0.5                    # half of its rows each epoch, another half each
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, UsageError
+from ..toml_files import read_toml
 from .json_rows import json_rows
 from .llava_json import PictureCheck, checked_row
 from .paths import expand
@@ -150,12 +150,9 @@ def _set(data: Sequence[Path], images: Sequence[Path], weight: float = 1.0, name
 
 
 def _from_toml(path: Path, images: Sequence[Path]) -> tuple[DataSet, ...]:
-    try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file", "check the path given to --data") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: can't be read as TOML ({error})", "see docs/data.md for an example") from error
+    if not path.exists():
+        raise DataError(f"{path}: no such file", "check the path given to --data")
+    value = read_toml(path, "see docs/data.md for an example", DataError)
     sets = value.get("sets")
     if set(value) != {"sets"} or not isinstance(sets, list) or not sets:
         raise DataError(f"{path}: holds something else than [[sets]]", "see docs/data.md for an example")

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..toml_files import place, read_toml
 from .mobile.forms import MOBILE_FORMS
 
 GIB = 1 << 30
 DEVICES = ("cpu", "cuda", "web")
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MAX_BYTES = 1 << 16  # of a profile's file; ours have 2 KiB
-_MAX_PLACE = 255  # characters of a path that messages repeat as it is
 _MAX_FEATURES = 32  # words; llama.cpp knows about as many
 _COMPARE = "compare with the files in export/"
 _MEMORY_MD = "benchmarks/MEMORY.md"
@@ -247,24 +245,7 @@ def load(name_or_path: str | Path) -> DeviceProfile:
     if not name.endswith(".toml"):
         known = f"known: {', '.join(PRESETS)}, or the path of a .toml file"
         raise UsageError(f"unknown profile {_short(name)}", known)
-    where = name if name.isprintable() and len(name) <= _MAX_PLACE else _short(name)
-    try:
-        value = tomllib.loads(_read(Path(name), where))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (getattr(error, "strerror", None) or str(error))[:200]  # str() of an OSError repeats the path
-        raise UsageError(f"{where}: can't be read as TOML ({reason})", _COMPARE) from error
-    return profile_from(value, where)
-
-
-def _read(path: Path, where: str) -> str:
-    """A regular file's text. Raises UsageError for another kind, which may wait for ever, or one that is too large."""
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{where}: no regular file", "name a .toml file")
-    with path.open("rb") as handle:
-        data = handle.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"{where}: larger than {MAX_BYTES:,} bytes", _COMPARE)
-    return data.decode("utf-8")
+    return profile_from(read_toml(name, _COMPARE), place(name))
 
 
 def profile_from(value: Mapping[str, Any], where: str) -> DeviceProfile:

@@ -6,7 +6,6 @@ The TOML files in `train/recipes/` hold the same numbers for reading and copying
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import UsageError
+from ..toml_files import place, read_toml
 from .parts import PARTS, parse_mode
 
 SCHEDULERS = ("cosine", "linear", "constant")
@@ -240,13 +240,7 @@ def load(name_or_path: str | Path) -> Recipe:
         return PRESETS[name]
     if not name.endswith(".toml"):
         raise UsageError(f"unknown recipe {name!r}", f"known: {', '.join(PRESETS)}, or the path of a .toml file")
-    try:
-        value = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{name}: can't be read as TOML ({str(error)[:200]})", "compare with the files in train/recipes"
-        ) from error
-    return recipe_from(value, name)
+    return recipe_from(read_toml(name, "compare with the files in train/recipes"), place(name))
 
 
 def recipe_from(value: Mapping[str, Any], where: str) -> Recipe:
