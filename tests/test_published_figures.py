@@ -47,7 +47,9 @@ def test_the_stored_rates_are_the_pages() -> None:
     words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert throughput.sentence(stored) in words
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    assert "\\*: coefficient of variation" in text and "TTFT, ratio" in text and "medians of 15 answers" in text
+    assert "TTFT, ratio" in text and "medians of 15 answers" in text
+    starred = any("\\*" in line for line in text.splitlines() if line.startswith("|"))
+    assert ("\\*: coefficient of variation" in text) == starred  # a quiet machine has none to explain
 
 
 def test_a_page_without_marks_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
